@@ -1,0 +1,52 @@
+# The commands that a person types. Everything is installed into .venv; nothing outside the checkout is touched.
+
+PYTHON  ?= python3
+VENV    ?= .venv
+RECIPE  ?= tiny
+WORK    ?= scalellm-work
+BIN     := $(VENV)/bin
+SCALELLM = $(BIN)/scalellm
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check build serve lock clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+$(VENV)/.cpu: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "scalellm needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "This Python has no venv module: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,quantize]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.cpu
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,quantize,dev]'
+	@touch $@
+
+demo: $(VENV)/.cpu  ## set everything up and run the main job on a small Llama: build, real Triton, answers
+	$(BIN)/python scripts/demo.py
+
+test: $(VENV)/.dev  ## set everything up and run the whole test suite
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev  ## style, types, layers, spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+build: $(VENV)/.cpu  ## make build RECIPE=rtx4090: plan, quantize, build, emit the Triton model repository
+	$(SCALELLM) build --recipe $(RECIPE) --work $(WORK)
+
+serve: $(VENV)/.cpu  ## make serve RECIPE=tiny: launch Triton Inference Server on what was built
+	$(SCALELLM) serve --recipe $(RECIPE) --work $(WORK)
+
+lock: $(VENV)/.dev  ## write constraints.txt from what is installed
+	$(BIN)/python scripts/lock.py constraints.txt
+
+clean:  ## remove the environment, the demo's model and everything built
+	rm -rf $(VENV) .demo $(WORK)
