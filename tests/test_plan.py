@@ -1,0 +1,332 @@
+"""Promises about plans: what is decided, what is refused, and that every reason is told."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from toolchain.backends.openvino.runtime import STEP_TOKENS
+from toolchain.decisions import CPU_STEP_TOKENS
+from toolchain.errors import PlanError
+from toolchain.family import LlamaConfig, RopeScaling, published
+from toolchain.plan import Plan, make_plan
+from toolchain.recipe import Recipe, parse_recipe
+from toolchain.units import GIB
+
+
+def _llama_13b() -> LlamaConfig:
+    config = published("meta-llama/Llama-2-13b-chat-hf")
+    assert config is not None
+    return config
+
+
+LLAMA_13B = _llama_13b()
+SMALL = replace(LLAMA_13B, hidden_size=1024, intermediate_size=2048, num_layers=4, num_heads=8, num_kv_heads=4)
+
+
+def recipe(text: str) -> Recipe:
+    return parse_recipe(f"model: some/folder\n{text}", Path("mine.yaml"))
+
+
+def plan(text: str, config: LlamaConfig = LLAMA_13B) -> Plan:
+    return make_plan(recipe(text), config)
+
+
+def refusal(text: str, config: LlamaConfig = LLAMA_13B) -> tuple[str, str]:
+    with pytest.raises(PlanError) as caught:
+        plan(text, config)
+    return caught.value.message, caught.value.hint
+
+
+def decided(made: Plan, name: str) -> object:
+    return next(decision.value for decision in made.decisions if decision.name == name)
+
+
+@pytest.mark.parametrize("card", ["rtx3090", "t4", "a10g", "a100-40gb", "a100-80gb"])
+def test_plan_refuses_fp8_below_sm_89_and_names_int4(card: str) -> None:
+    message, hint = refusal(f"device: {card}\nquantization: {{weights: fp8}}\nlimits: {{max_input_len: 256}}")
+    assert "FP8, which begins with SM 8.9" in message
+    assert "weights: int4" in hint
+
+
+def test_plan_refuses_fp8_kv_below_sm_89() -> None:
+    message, hint = refusal("device: a100\nkv_cache: {dtype: fp8}")
+    assert message.startswith("mine: ")
+    assert "kv_cache.dtype fp8: the A100 80GB (SM 8.0) has no FP8" in message
+    assert "fp16 or int8" in hint
+
+
+def test_plan_tells_every_reason_at_once() -> None:
+    message, hint = refusal(
+        "device: rtx3090\nbackend: openvino\nquantization: {weights: fp8}\nkv_cache: {dtype: fp32}\n"
+        "limits: {max_seq_len: 9000}\nparallel: {tp: 3}\nservices: 3"
+    )
+    for part in ("backend openvino", "weights fp8", "dtype fp32", "max_seq_len 9000", "tp 3", "memory"):
+        assert part in message, part
+    assert message.count("\n  - ") == 6
+    assert "Use tp: 1, 2, 4, 5, 8" in hint
+
+
+def test_plan_allows_fp8_kv_with_int4_weights_and_turns_paged_context_attention_off() -> None:
+    made = plan("device: rtx4090\nquantization: {weights: int4}\nkv_cache: {dtype: fp8}")
+    assert not made.paged_context_fmha
+    assert decided(made, "paged_context_fmha") is False
+    both = plan("device: rtx4090\nquantization: {weights: fp8}\nkv_cache: {dtype: fp8}")
+    assert both.paged_context_fmha
+
+
+def test_plan_turns_paged_context_attention_off_for_int8_kv() -> None:
+    assert not plan("device: a100\nquantization: {weights: int4}\nkv_cache: {dtype: int8}").paged_context_fmha
+
+
+T4 = "device: t4\nquantization: {weights: int4}\nlimits: {max_batch_size: 4, max_seq_len: 2048, max_input_len: 1024}\n"
+
+
+def test_plan_computes_a_bfloat16_model_in_float16_on_a_t4_and_warns() -> None:
+    made = plan(T4, replace(LLAMA_13B, dtype="bfloat16"))
+    assert made.dtype == "float16"
+    assert any("65504" in warning for warning in made.warnings)
+    reason = next(decision.reason for decision in made.decisions if decision.name == "dtype")
+    assert "the engine computes in float16" in reason
+    assert not any("convert" in text for text in (reason, *made.warnings))
+    assert plan("device: l4\nquantization: {weights: fp8}", replace(LLAMA_13B, dtype="bfloat16")).dtype == "bfloat16"
+
+
+def test_plan_pins_a_t4_to_its_last_release_without_fused_attention() -> None:
+    made = plan(T4)
+    assert made.release is not None
+    assert made.release.version == "0.13.0"
+    assert (made.context_fmha, made.paged_context_fmha) == (False, False)
+    assert any(line.name == "attention workspace" for line in made.memory.lines)
+    assert any("75-real" in warning for warning in made.warnings)
+
+
+def test_plan_refuses_a_newer_release_on_a_t4() -> None:
+    message, hint = refusal(T4 + "tensorrt_llm: 1.2.1")
+    assert "1.2.1 does not support SM 75" in message
+    assert "0.12.0, 0.13.0" in hint
+
+
+def test_plan_refuses_long_prompts_on_a_t4_and_says_what_would_fit() -> None:
+    message, hint = refusal("device: t4\nquantization: {weights: int4}\nlimits: {max_batch_size: 8}")
+    assert "attention workspace" in message
+    found = dict(part.split(": ") for part in hint.removeprefix("Any one of these would fit: ").split("; "))
+    for key, value in found.items():
+        limits = {"max_batch_size": "8", key: value}
+        plan("device: t4\nquantization: {weights: int4}\nlimits: " + json.dumps(limits).replace('"', ""))
+    assert "max_input_len" in found
+
+
+def test_without_fused_attention_a_step_holds_the_longest_prompt() -> None:
+    made = plan(T4.replace("max_input_len: 1024", "max_input_len: 1024, max_num_tokens: 512"))
+    assert made.limits.max_num_tokens == 1024
+
+
+def test_plan_serves_an_rtx_5090_with_llmapi_and_refuses_an_engine() -> None:
+    made = plan("device: RTX 5090\nquantization: {weights: fp8}")
+    assert made.backend == "tensorrt_llmapi"
+    message, hint = refusal("device: rtx5090\nbackend: tensorrt_engine\nquantization: {weights: fp8}")
+    assert "tensorrt_engine does not run on the RTX 5090" in message
+    assert "backend: tensorrt_llmapi" in hint
+
+
+def test_plan_refuses_int8_kv_with_llmapi() -> None:
+    message, hint = refusal("device: h100\nbackend: tensorrt_llmapi\nkv_cache: {dtype: int8}")
+    assert "llmapi has no such cache" in message
+    assert "fp16 or fp8" in hint
+
+
+def test_plan_refuses_openvino_on_a_gpu_and_an_engine_on_a_cpu() -> None:
+    assert "openvino does not run on the H100" in refusal("device: h100\nbackend: openvino")[0]
+    assert "tensorrt_engine does not run on the CPU" in refusal("device: cpu\nbackend: tensorrt_engine")[0]
+    assert "no TensorRT-LLM runs on the CPU" in refusal("device: cpu\ntensorrt_llm: 1.2.1")[0]
+
+
+def test_plan_takes_fp32_kv_on_a_cpu_only() -> None:
+    assert plan("device: cpu\nkv_cache: {dtype: fp32}").kv.name == "fp32"
+    assert "32-bit KV cache" in refusal("device: l4\nquantization: {weights: fp8}\nkv_cache: {dtype: fp32}")[0]
+
+
+def test_plan_refuses_groups_that_do_not_divide_and_offers_those_that_do() -> None:
+    config = replace(SMALL, intermediate_size=2048 + 64)
+    message, hint = refusal("device: l4\nquantization: {weights: int4}", config)
+    assert "mlp.down_proj's 2112 input features" in message
+    assert hint == "Use group_size: 64"
+    assert plan("device: l4\nquantization: {weights: int4, group_size: 64}", config).group_size == 64
+
+
+def test_plan_counts_groups_per_rank_where_the_input_is_split() -> None:
+    # 13824 / 8 = 1728 = 13.5 groups of 128 (TensorRT-LLM quantization/layers.py)
+    message, _ = refusal("device: a100\nquantization: {weights: int4}\nparallel: {tp: 8}")
+    assert "13824 input features over tp 8" in message
+    assert plan("device: a100\nquantization: {weights: int4}\nparallel: {tp: 4}").tp == 4
+
+
+def test_plan_refuses_splits_that_do_not_come_out_even() -> None:
+    assert "3 does not divide the model's 40 heads" in refusal("device: h100\nparallel: {tp: 3}")[0]
+    assert "3 does not divide the model's 40 layers" in refusal("device: h100\nparallel: {pp: 3}")[0]
+    assert "a CPU service is not split" in refusal("device: cpu\nparallel: {tp: 2}")[0]
+
+
+def test_splitting_over_two_cards_makes_16_bits_fit() -> None:
+    assert "memory" in refusal("device: rtx4090")[0]
+    assert plan("device: rtx4090\nparallel: {tp: 2}").memory.fits
+    assert plan("device: rtx4090\nparallel: {pp: 2}").memory.fits
+
+
+def test_plan_says_by_how_much_it_does_not_fit_and_every_offer_fits() -> None:
+    message, hint = refusal("device: rtx4090")
+    assert "MiB more than the RTX 4090 has, 24564 MiB" in message
+    assert "linear weights: 23.63 GiB" in message
+    assert "weights: fp8" in hint
+    assert "weights: int4" in hint
+    for weights in ("fp8", "int4"):
+        assert plan(f"device: rtx4090\nquantization: {{weights: {weights}}}").memory.fits
+    assert "services: 2" in refusal("device: a100\nservices: 4")[1]
+
+
+def test_plan_checks_a_cpu_against_the_memory_that_it_is_told() -> None:
+    mine = recipe("device: cpu\nquantization: {weights: int4}")
+    assert make_plan(mine, LLAMA_13B, host_memory_bytes=32 * GIB).memory.available == 32 * GIB
+    with pytest.raises(PlanError, match="more than the CPU has"):
+        make_plan(mine, LLAMA_13B, host_memory_bytes=8 * GIB)
+
+
+def test_plan_refuses_a_cache_that_holds_no_full_sequence() -> None:
+    message, _ = refusal("device: h100\nkv_cache: {size: 1GiB}")
+    assert "kv_cache.size holds 1310 tokens, not one sequence of 4096" in message
+
+
+def test_length_defaults_to_what_the_model_knows_with_linear_scaling_counted() -> None:
+    assert plan("device: h100").limits.max_seq_len == 4096
+    stretched = replace(LLAMA_13B, rope_scaling=RopeScaling("linear", 2.0))
+    assert plan("device: h100", stretched).limits.max_seq_len == 8192
+    llama3 = replace(SMALL, max_position_embeddings=131072, rope_scaling=RopeScaling("llama3", 8.0))
+    assert plan("device: h100", llama3).limits.max_seq_len == 131072
+
+
+def test_a_step_never_holds_more_than_all_sequences_can() -> None:
+    made = plan("device: h100\nlimits: {max_batch_size: 1, max_seq_len: 512}")
+    assert made.limits.max_num_tokens == 512
+    assert plan("device: h100").limits.max_num_tokens == 8192
+
+
+def test_a_step_on_a_cpu_is_as_short_as_its_backend_makes_it() -> None:
+    assert CPU_STEP_TOKENS == STEP_TOKENS
+    assert plan("device: cpu\nquantization: {weights: int4}").limits.max_num_tokens == CPU_STEP_TOKENS
+    for asked, made in ((64, 64), (2048, CPU_STEP_TOKENS)):
+        assert plan(f"device: cpu\nlimits: {{max_num_tokens: {asked}}}").limits.max_num_tokens == made
+
+
+def test_plan_refuses_bf16_arithmetic_with_an_fp32_cache() -> None:
+    text = "device: cpu\nkv_cache: {dtype: fp32}\ncpu: {precision: %s}"
+    assert "cpu.precision bf16" in refusal(text % "bf16")[0]
+    assert decided(plan(text % "auto"), "precision") == "f32"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("device: rtx4090\nquantization: {weights: fp8}", "no input scales"),
+        ("device: a100\nquantization: {weights: int4}\nkv_cache: {dtype: int8}", "needs a static scale per layer"),
+        ("device: rtx4090\nquantization: {weights: fp8}\nkv_cache: {dtype: fp8}", "scale 1.0"),
+    ],
+)
+def test_plan_warns_that_nothing_is_calibrated_yet_on_gpus(text: str, said: str) -> None:
+    assert any("not calibrated yet" in warning and said in warning for warning in plan(text).warnings)
+
+
+def test_plan_has_no_warning_for_a_cpu() -> None:
+    made = plan("device: cpu\nquantization: {weights: int4}\nkv_cache: {dtype: int8}")
+    assert made.warnings == ()
+    assert made.release is None
+    assert made.backend == "openvino"
+
+
+def test_every_decision_has_a_reason_and_the_rules_have_a_source() -> None:
+    made = plan(T4 + "kv_cache: {dtype: int8}")
+    names = [decision.name for decision in made.decisions]
+    assert len(names) == len(set(names))
+    assert all(decision.reason for decision in made.decisions)
+    sourced = {decision.name for decision in made.decisions if decision.source}
+    assert {"tensorrt_llm", "weights", "kv_cache", "context_fmha", "paged_context_fmha", "max_kv_tokens"} <= sourced
+
+
+def test_plan_is_plain_json() -> None:
+    made = plan("device: rtx4090\nquantization: {weights: fp8}\nkv_cache: {dtype: fp8}")
+    again = json.loads(json.dumps(made.to_json()))
+    assert again["limits"]["max_seq_len"] == 4096
+    assert again["release"] == "1.2.1"
+    assert again["memory"]["fits"] is True
+    assert again["prices"][0]["source"]
+
+
+BASE = "device: rtx4090\nquantization: {weights: int4}\nlimits: {max_seq_len: 2048}\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "stale"),
+    [
+        ("serve: {http_port: 9000}", set()),
+        ("description: another one", set()),
+        ("limits: {max_seq_len: 1024}", {"build"}),
+        ("kv_cache: {max_tokens: 4096}", {"build"}),
+        ("kv_cache: {dtype: fp8}", {"quantize", "build"}),
+        ("quantization: {weights: int4, scales: modelopt}", {"quantize"}),
+        ("quantization: {weights: int4, group_size: 64}", {"quantize", "build"}),
+        ("tensorrt_llm: 1.1.0", {"build"}),
+        ("services: 1", set()),
+    ],
+)
+def test_only_the_stages_whose_own_inputs_change_become_stale(change: str, stale: set[str]) -> None:
+    key = change.split(":")[0]
+    before = plan(BASE)
+    after = plan("".join(line + "\n" for line in BASE.splitlines() if not line.startswith(key)) + change)
+    stages = {"quantize", "build", "package"}
+    # a smaller group takes memory from the cache, so its tokens may change too
+    ignore = {"max_kv_tokens"} if key == "quantization" else set()
+    changed = {
+        stage
+        for stage in stages
+        if any(before.slice(stage)[name] != value for name, value in after.slice(stage).items() if name not in ignore)
+    }
+    assert changed == stale
+
+
+def test_more_services_with_the_same_cache_need_a_new_repository_only() -> None:
+    one, two = (plan(f"{BASE}kv_cache: {{max_tokens: 2048}}\nservices: {services}") for services in (1, 2))
+    assert one.slice("package") != two.slice("package")
+    for stage in ("quantize", "build"):
+        assert one.slice(stage) == two.slice(stage)
+
+
+def test_checkpoint_keeps_the_models_dtype_whatever_the_engine_computes_in() -> None:
+    model = replace(LLAMA_13B, dtype="bfloat16")
+    in_16, in_b16 = plan(T4, model), plan(T4.replace("device: t4", "device: l4"), model)
+    assert (in_16.dtype, in_b16.dtype) == ("float16", "bfloat16")
+    assert in_16.slice("build")["dtype"] == "float16"
+    assert in_16.slice("quantize") == in_b16.slice("quantize")
+    assert set(in_16.slice("quantize")) == {"weights", "group_size", "scales", "kv"}
+
+
+def test_package_names_the_recipe_and_the_services_and_leaves_the_rest_to_the_engines_key() -> None:
+    assert plan(BASE).slice("package") == {"recipe": "mine", "services": 1}
+
+
+def test_a_cpus_cache_format_does_not_touch_the_checkpoint() -> None:
+    one, other = (
+        plan(f"device: cpu\nquantization: {{weights: int4}}\nkv_cache: {{dtype: {d}}}") for d in ("int8", "fp16")
+    )
+    assert one.slice("quantize") == other.slice("quantize")
+    assert one.slice("build") != other.slice("build")
+
+
+def test_slices_are_plain_json_and_unknown_stages_are_refused() -> None:
+    made = plan(BASE)
+    for stage in ("quantize", "build", "package"):
+        assert json.loads(json.dumps(made.slice(stage))) == made.slice(stage)
+    with pytest.raises(ValueError, match="no stage"):
+        made.slice("serve")

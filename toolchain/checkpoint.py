@@ -1,0 +1,360 @@
+"""A folder of weights in the Hugging Face layout, opened and checked, with nothing loaded.
+
+Unquantized models and the unified quantized layout (``hf_quant_config.json``) are both read here; both may be sharded.
+Bytes are handed out as read-only views of the mapped files, and their pages can be given back, so a caller's memory
+stays bounded by the tensor in hand. It knows no torch and does no arithmetic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from toolchain import family
+from toolchain.errors import ArtifactError, PlanError
+from toolchain.family import LlamaConfig
+from toolchain.quantization import weights_of
+
+DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1, "I8": 1, "I32": 4, "I64": 8, "F64": 8, "BOOL": 1}
+"""Bytes per element by safetensors dtype name (https://huggingface.co/docs/safetensors, format, 2026-11-01)."""
+
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files that travel with the weights into every later artifact, where the model has them."""
+
+_HEADER_LIMIT = 100 * 2**20
+_SAMPLES = 64
+_SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies."""
+
+    name: str
+    dtype: str
+    """The safetensors name: ``"F16"``, ``"BF16"``, ``"F32"``, ``"F8_E4M3"``, ``"U8"`` ..."""
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    """From the start of the file."""
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class CheckpointQuantization:
+    """The ``quantization`` object of ``hf_quant_config.json`` (ModelOpt, unified_export_hf.py, December 2025)."""
+
+    quant_algo: str | None
+    kv_cache_quant_algo: str | None
+    group_size: int | None = None
+    has_zero_point: bool = False
+    pre_quant_scale: bool = False
+
+
+class Checkpoint:
+    """A checked folder of weights. ``tensors`` maps each name to where it lies."""
+
+    def __init__(
+        self,
+        path: Path,
+        config: LlamaConfig,
+        tensors: dict[str, TensorInfo],
+        quantization: CheckpointQuantization | None,
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.tensors = tensors
+        self.quantization = quantization
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Check a folder: its configuration, every header against its file's size, every expected name and shape.
+
+        Raises ArtifactError naming the file at fault, PlanError for a model outside the Llama family.
+        """
+        raw = read_json(path / "config.json", hint="Give the folder of a Hugging Face model: --model DIR")
+        quantization = _quantization(path, raw)
+        config = family.read_config(raw, str(path / "config.json"))
+        tensors = _read_headers(path)
+        _check_names(path, config, tensors, quantization)
+        return cls(path, config, tensors, quantization)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def side_files(self) -> list[Path]:
+        """The tokenizer's files and the generation configuration, as far as the folder has them."""
+        return [self.path / name for name in SIDE_FILES if (self.path / name).is_file()]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the configuration, the headers, and samples of every file (first, last and 64 places between).
+
+        Reading all of a 26 GB model to name it would cost as much as quantizing it; training changes every sample.
+        """
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for side in self.side_files:
+            digest.update(side.name.encode() + side.read_bytes())
+        for file in sorted({info.file for info in self.tensors.values()}):
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}".encode())
+            with file.open("rb") as stream:
+                for place in range(_SAMPLES + 1):
+                    stream.seek(max(0, (size - _SAMPLE_BYTES) * place // _SAMPLES))
+                    digest.update(stream.read(_SAMPLE_BYTES))
+        return digest.hexdigest()
+
+    def bytes_of(self, name: str) -> npt.NDArray[np.uint8]:
+        """The tensor's bytes as a read-only flat view of the mapped file: [nbytes] uint8, little endian, row major."""
+        info = self.tensors[name]
+        view = np.frombuffer(self._map(info.file), dtype=np.uint8, count=info.nbytes, offset=info.offset)
+        return view
+
+    def release(self, name: str) -> None:
+        """Give the tensor's whole pages back to the system. Views stay valid; touching them reads the file again."""
+        info = self.tensors[name]
+        page = mmap.PAGESIZE
+        start = -(-info.offset // page) * page
+        length = (info.offset + info.nbytes) // page * page - start
+        if length > 0 and info.file in self._maps:
+            self._maps[info.file].madvise(mmap.MADV_DONTNEED, start, length)
+
+    def _map(self, file: Path) -> mmap.mmap:
+        if file not in self._maps:
+            with file.open("rb") as stream:
+                self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[file]
+
+
+def read_json(path: Path, *, hint: str = "") -> dict[str, Any]:
+    """A JSON object from a file. ArtifactError that names the file when it is missing or not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: no such file", hint=hint) from error
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: not readable as JSON: {error}", hint=hint) from error
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path}: holds a JSON {type(value).__name__}, not an object", hint=hint)
+    return value
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file. ArtifactError when it is not one, or is shorter or longer than it says.
+
+    Format: 8 bytes little-endian header length, JSON header, data
+    (https://huggingface.co/docs/safetensors, 2026-11-01).
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))
+            if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
+                raise ArtifactError(f"{file}: not a safetensors file, or cut off within its header ({size} bytes)")
+            header = json.loads(stream.read(length))
+        if not isinstance(header, dict):
+            raise ValueError(f"it is a JSON {type(header).__name__}, not an object")
+        header.pop("__metadata__", None)
+        tensors = {name: _tensor_info(file, name, entry, 8 + length) for name, entry in header.items()}
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{file}: no such file, though the index names it", hint="Download it again.") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{file}: its safetensors header is damaged: {error}", hint="Download it again.") from error
+    end = max((info.offset + info.nbytes for info in tensors.values()), default=8 + length)
+    if size != end:
+        word = "truncated" if size < end else "longer than it should be"
+        raise ArtifactError(
+            f"{file}: {word}: it has {size} bytes and its header promises {end}", hint="Download or copy it again."
+        )
+    return tensors
+
+
+def _tensor_info(file: Path, name: str, entry: Mapping[str, Any], base: int) -> TensorInfo:
+    begin, end = entry["data_offsets"]
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
+    if not all(isinstance(number, int) and number >= 0 for number in (begin, end, *shape)):
+        raise ValueError(f"{name}: sizes and offsets must be whole numbers")
+    if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
+        raise ValueError(f"{name}: {end - begin} bytes do not hold {dtype} {list(shape)}")
+    return TensorInfo(name, dtype, shape, file, base + begin, end - begin)
+
+
+def _read_headers(path: Path) -> dict[str, TensorInfo]:
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ArtifactError(f"{index}: has no weight_map")
+        files = [path / str(name) for name in sorted(set(weight_map.values()))]
+    elif (path / "model.safetensors").exists():
+        weight_map, files = None, [path / "model.safetensors"]
+    else:
+        pickled = any(path.glob("*.bin")) or any(path.glob("*.pth"))
+        raise ArtifactError(
+            f"{path}: has no model.safetensors" + (" (only pickled weights, which can run code)" if pickled else ""),
+            hint="Use the safetensors version of the model.",
+        )
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        tensors |= read_header(file)
+    if weight_map and (lost := sorted(set(weight_map) - set(tensors))):
+        raise ArtifactError(f"{path}: the index promises tensors that no file has: {_some(lost)}")
+    return tensors
+
+
+def _quantization(path: Path, config: Mapping[str, Any]) -> CheckpointQuantization | None:
+    """From ``hf_quant_config.json``. PlanError when the folder is quantized in a way that we do not read."""
+    file = path / "hf_quant_config.json"
+    if not file.exists():
+        foreign = config.get("quantization_config")
+        if foreign:
+            raise PlanError(
+                f"{path}: already quantized ({foreign.get('quant_method', 'unknown method')}), in a layout that "
+                "scalellm does not import",
+                hint="Start from the unquantized model, or from one in NVIDIA ModelOpt's unified layout.",
+            )
+        return None
+    raw = read_json(file).get("quantization", {})
+    found = CheckpointQuantization(
+        quant_algo=raw.get("quant_algo"),
+        kv_cache_quant_algo=raw.get("kv_cache_quant_algo"),
+        group_size=raw.get("group_size"),
+        has_zero_point=bool(raw.get("has_zero_point")),
+        pre_quant_scale=bool(raw.get("pre_quant_scale")),
+    )
+    if weights_of(found.quant_algo) is None or found.has_zero_point:
+        raise PlanError(
+            f"{file}: quantized as {found.quant_algo}{' with zero points' * found.has_zero_point}, "
+            "which scalellm does not read",
+        )
+    return found
+
+
+def quantized_shapes(
+    config: LlamaConfig, quantization: CheckpointQuantization | None
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (safetensors dtype or "" for any float, shape) of every obligatory tensor of a checkpoint.
+
+    int4: weight U8 [out/2, in], weight_scale F32 [out, in/group]. fp8: weight F8_E4M3 [out, in], weight_scale F32 [].
+    """
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+        name: ("", shape) for name, shape in family.expected_tensors(config).items()
+    }
+    algo = quantization.quant_algo if quantization else None
+    if algo is None or quantization is None:
+        return shapes
+    for layer, linear in family.layer_linears(config):
+        name = family.linear_name(layer, linear)
+        rows, columns = family.linear_shape(config, linear)
+        if algo == "FP8":
+            shapes[f"{name}.weight"] = ("F8_E4M3", (rows, columns))
+            shapes[f"{name}.weight_scale"] = ("F32", ())
+        else:
+            group = quantization.group_size or 128
+            shapes[f"{name}.weight"] = ("U8", (rows // 2, columns))
+            shapes[f"{name}.weight_scale"] = ("F32", (rows, columns // group))
+    return shapes
+
+
+_OPTIONAL_SUFFIXES = (".input_scale", ".pre_quant_scale", ".k_scale", ".v_scale")
+
+
+def _check_names(
+    path: Path, config: LlamaConfig, tensors: Mapping[str, TensorInfo], quantization: CheckpointQuantization | None
+) -> None:
+    expected = quantized_shapes(config, quantization)
+    if lost := sorted(set(expected) - set(tensors)):
+        raise ArtifactError(f"{path}: {len(lost)} tensors are missing: {_some(lost)}")
+    for name, (dtype, shape) in expected.items():
+        info = tensors[name]
+        if info.shape != shape:
+            raise ArtifactError(f"{info.file}: {name} has shape {list(info.shape)}; config.json says {list(shape)}")
+        if info.dtype != dtype if dtype else info.dtype not in ("F16", "BF16", "F32"):
+            raise ArtifactError(f"{info.file}: {name} is {info.dtype}, not {dtype or 'a 16- or 32-bit float'}")
+    ignored = ("rotary_emb.inv_freq", *(_OPTIONAL_SUFFIXES if quantization else ()))
+    unknown = sorted(name for name in set(tensors) - set(expected) - {"lm_head.weight"} if not name.endswith(ignored))
+    if unknown:
+        raise PlanError(
+            f"{path}: holds tensors that a Llama does not have, so it would be computed wrongly: {_some(unknown)}"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+_DOWNLOAD = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether ``source`` has the form ``hf:ORG/NAME`` or ``ORG/NAME`` rather than that of a path."""
+    return source.removeprefix("hf:").count("/") == 1 and not source.startswith((".", "/", "~"))
+
+
+def find(source: str) -> Path | None:
+    """The model's folder if it is on this machine: a folder of that name, or the Hugging Face cache. No network."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if not is_hub_name(source):
+        return None
+    try:
+        return _snapshot(source, local_files_only=True)
+    except (ArtifactError, OSError):
+        return None
+
+
+def download(source: str) -> Path:
+    """``find``, else fetch from the Hugging Face hub (safetensors, JSON and tokenizer files; resumes by itself).
+
+    Raises ArtifactError with the ways out when that does not work.
+    """
+    folder = find(source)
+    if folder is not None:
+        return folder
+    if not is_hub_name(source):
+        raise ArtifactError(f"{source}: no such folder", hint="Name the folder of a Hugging Face model: --model DIR")
+    name = source.removeprefix("hf:")
+    try:
+        return _snapshot(source, local_files_only=False)
+    except OSError as error:  # every hub error is one: no network, no such model, no permission
+        raise ArtifactError(
+            f"{name}: not on this machine, and the Hugging Face hub did not give it ({type(error).__name__})",
+            hint=f"Name a local folder: --model DIR\nor fetch it first: hf download {name}   "
+            "(some models ask for: hf auth login)",
+        ) from error
+
+
+def _snapshot(source: str, *, local_files_only: bool) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ArtifactError(
+            f"{source}: not a local folder, and huggingface_hub is not installed",
+            hint="Name a local folder: --model DIR   or: pip install 'scalellm-toolchain[quantize]'",
+        ) from error
+    name = source.removeprefix("hf:")
+    return Path(snapshot_download(name, allow_patterns=list(_DOWNLOAD), local_files_only=local_files_only))

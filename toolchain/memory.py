@@ -1,0 +1,257 @@
+"""Where the memory of a device goes: one line a term, with the formula that gave it. Pure arithmetic.
+
+It knows shapes, number formats and limits. It does not know recipes or backends' names, and it decides nothing:
+``plan`` asks it and refuses what does not fit. With tp or pp it is the memory of the rank with the largest share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import ceil
+
+from toolchain.device import Device
+from toolchain.engine import Limits
+from toolchain.family import NORMS, LlamaConfig, layer_linears, linear_shape
+from toolchain.quantization import KvScheme, WeightScheme
+from toolchain.units import GIB, MIB, format_bytes
+
+CUDA_CONTEXT_BYTES = 551 * MIB
+"""CUDA context and loaded libraries of one process: what ai-dynamo/aiconfigurator took for "other memory" before it
+chose a larger safety margin (src/aiconfigurator/systems/l40s.yaml @ee962fc3, 2025)."""
+
+RUNTIME_BYTES = 1 * GIB
+"""Workspaces of TensorRT, cuBLAS and the decoder. Our assumption: with the context and the activations of 4096 tokens
+of Llama-2-13B it comes to about 2 GiB, the reserve that fits published sequence counts. To be measured on a GPU."""
+
+CPU_PROCESS_BYTES = 768 * MIB
+"""Python, OpenVINO and Triton of one service on a CPU, without weights and cache. Our assumption."""
+
+KV_FREE_FRACTION = 0.9
+"""Share of the memory left over that the KV cache may take when the recipe names no size: TensorRT-LLM's default
+``kv_cache_free_gpu_memory_fraction`` (tensorrtllm_backend README, 2024)."""
+
+TOKENS_PER_BLOCK = 64
+"""Paged KV is given out in blocks; 64 tokens in TensorRT-LLM 0.10 to 0.17, 32 later and in OpenVINO on CPUs."""
+
+CPU_BLOCK_TOKENS = 32
+"""Tokens in one block of OpenVINO's paged cache on a CPU (GenAI 2026.4.1)."""
+
+LOGITS_COPIES = 2
+"""fp32 logits and the copy that sampling sorts. Our assumption."""
+
+
+@dataclass(frozen=True)
+class MemoryLine:
+    """One term, over all services of the device."""
+
+    name: str
+    bytes: int
+    how: str
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """All terms of one device, and what is left for keys and values."""
+
+    lines: tuple[MemoryLine, ...]
+    total: int
+    available: int | None
+    """What the device has; None where it is not known."""
+    fits: bool
+    kv_bytes_per_token: int
+    max_kv_tokens: int
+    """Tokens in the cache of one service."""
+    sequences_at_full_length: int
+    """Sequences of max_seq_len that the cache of one service holds at once."""
+
+    @property
+    def missing_bytes(self) -> int:
+        """How much too large it is; 0 when it fits."""
+        return 0 if self.available is None else max(0, self.total - self.available)
+
+
+def linear_parameters(config: LlamaConfig) -> int:
+    """Weights of the seven linears of every layer: 12 687 769 600 for Llama-2-13B."""
+    return sum(out * inner for out, inner in _shapes(config))
+
+
+def parameters(config: LlamaConfig) -> int:
+    """All parameters: linears, embedding, head (where it is not tied) and norms: 13 015 864 320 for Llama-2-13B."""
+    return linear_parameters(config) + embedding_parameters(config) + norm_parameters(config)
+
+
+def embedding_parameters(config: LlamaConfig) -> int:
+    return config.vocab_size * config.hidden_size * (1 if config.tied_embeddings else 2)
+
+
+def norm_parameters(config: LlamaConfig) -> int:
+    return config.hidden_size * (config.num_layers * len(NORMS) + 1)
+
+
+def _shapes(config: LlamaConfig) -> Iterator[tuple[int, int]]:
+    return (linear_shape(config, linear) for _, linear in layer_linears(config))
+
+
+def scale_bytes(config: LlamaConfig, weights: WeightScheme, group_size: int, *, bytes_per_scale: int) -> int:
+    """Bytes of the weights' scales: out x in / group for int4, one per matrix for fp8, none otherwise.
+
+    ``bytes_per_scale`` of int4: 4 in the checkpoint and on a CPU; 2 in a TensorRT-LLM engine, which casts them.
+    """
+    in_checkpoint = sum(weights.scale_bytes(out, inner, group_size) for out, inner in _shapes(config))
+    return in_checkpoint * bytes_per_scale // 4 if weights.group_sizes else in_checkpoint
+
+
+def weight_bytes(
+    config: LlamaConfig, weights: WeightScheme, group_size: int = 128, *, bytes_per_scale: int = 4, dtype_bytes: int = 2
+) -> int:
+    """Bytes of the whole model: linears at their bits, their scales, and the rest in the model's dtype."""
+    linears = linear_parameters(config) * (dtype_bytes * 8 if weights.quant_algo is None else weights.bits) // 8
+    rest = (embedding_parameters(config) + norm_parameters(config)) * dtype_bytes
+    return linears + scale_bytes(config, weights, group_size, bytes_per_scale=bytes_per_scale) + rest
+
+
+def kv_bytes_per_token(config: LlamaConfig, kv: KvScheme, *, tp: int = 1, pp: int = 1, cpu: bool = False) -> int:
+    """layers x kv_heads x 2 x head_dim x bytes: 819 200 for Llama-2-13B in 16 bits. Of one rank with tp or pp.
+
+    OpenVINO's u8 cache adds f32 scales and zero points: for values per token and head, for keys per channel and block.
+    """
+    pair = 2 * config.head_dim * kv.bytes_per_element
+    if cpu and kv.quant_algo == "INT8":
+        pair += 8 + ceil(8 * config.head_dim / CPU_BLOCK_TOKENS)
+    return ceil(config.num_layers / pp) * ceil(config.num_kv_heads / tp) * pair
+
+
+def unfused_attention_bytes(config: LlamaConfig, limits: Limits, *, tp: int = 1) -> int:
+    """Scores of attention without a fused kernel: batch x heads x S^2 x (2 + 4) bytes, S = max_input_len.
+
+    TensorRT-LLM cpp/tensorrt_llm/plugins/gptAttentionCommon @0.13.0.dev2024082000: a 16-bit and an fp32 copy of QK^T.
+    """
+    return limits.max_batch_size * ceil(config.num_heads / tp) * limits.max_input_len**2 * 6
+
+
+def activation_bytes(config: LlamaConfig, max_num_tokens: int, *, tp: int = 1, element_bytes: int = 2) -> int:
+    """max_num_tokens x the widest live set x bytes. Our model of it, not a measurement:
+
+    attention keeps residual, normed input, q, k, v and the output; the MLP keeps residual, normed input, gate, up and
+    their product. 2 x hidden + max(2 x q + 2 x kv, 3 x intermediate) / tp elements per token.
+    """
+    inner = max(2 * config.q_size + 2 * config.kv_size, 3 * config.intermediate_size)
+    return max_num_tokens * (2 * config.hidden_size + ceil(inner / tp)) * element_bytes
+
+
+def memory_plan(
+    config: LlamaConfig,
+    weights: WeightScheme,
+    kv: KvScheme,
+    limits: Limits,
+    device: Device,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    services: int = 1,
+    unfused_attention: bool = False,
+    group_size: int = 128,
+    kv_tokens: int | None = None,
+    kv_pool_bytes: int | None = None,
+    host_memory_bytes: int | None = None,
+) -> MemoryPlan:
+    """Every term of one device's memory, for all its services.
+
+    ``kv_tokens`` or ``kv_pool_bytes`` fix the cache of one service; without them it gets what the limits can use, at
+    most ``KV_FREE_FRACTION`` of what is left, and at least one sequence of max_seq_len (which then may not fit).
+    ``host_memory_bytes`` is the memory of a device that does not state its own, the CPU.
+    """
+    fixed = list(_fixed(config, weights, limits, device, tp=tp, pp=pp, group_size=group_size))
+    if unfused_attention:
+        how = f"{limits.max_batch_size} sequences x heads x {limits.max_input_len}^2 x 6 B: no fused kernel on this SM"
+        fixed.append(MemoryLine("attention workspace", unfused_attention_bytes(config, limits, tp=tp), how))
+    per_token = kv_bytes_per_token(config, kv, tp=tp, pp=pp, cpu=device.is_cpu)
+    available = device.memory_bytes if device.memory_bytes is not None else host_memory_bytes
+    free = None if available is None else available // services - sum(line.bytes for line in fixed)
+    if kv_pool_bytes is not None:
+        kv_tokens = kv_pool_bytes // per_token
+    tokens = _auto_tokens(limits, per_token, free) if kv_tokens is None else kv_tokens
+    how = f"{tokens} tokens x {per_token} B ({kv.name})"
+    lines = tuple(_times(line, services) for line in (*fixed, MemoryLine("KV cache", tokens * per_token, how)))
+    total = sum(line.bytes for line in lines)
+    return MemoryPlan(
+        lines=lines,
+        total=total,
+        available=available,
+        fits=(available is None or total <= available) and tokens >= limits.max_seq_len,
+        kv_bytes_per_token=per_token,
+        max_kv_tokens=tokens,
+        sequences_at_full_length=tokens // limits.max_seq_len,
+    )
+
+
+def _fixed(
+    config: LlamaConfig, weights: WeightScheme, limits: Limits, device: Device, *, tp: int, pp: int, group_size: int
+) -> Iterator[MemoryLine]:
+    """What one service takes before its KV cache."""
+    dtype_bytes = config.dtype_bytes if device.is_cpu else 2
+    bits = weights.bits if weights.quant_algo else dtype_bytes * 8
+    share = ceil(config.num_layers / pp) / config.num_layers / tp
+    yield MemoryLine(
+        "linear weights",
+        ceil(linear_parameters(config) * bits / 8 * share),
+        f"{linear_parameters(config)} x {bits} bits" + (f" / (tp {tp} x pp {pp})" if tp * pp > 1 else ""),
+    )
+    bytes_per_scale = 4 if device.is_cpu or not weights.group_sizes else 2
+    scales = scale_bytes(config, weights, group_size, bytes_per_scale=bytes_per_scale)
+    if scales:
+        what = f"one per {group_size} input channels" if weights.group_sizes else "one per matrix"
+        yield MemoryLine("weight scales", ceil(scales * share), f"{what}, {bytes_per_scale} B each")
+    table = config.vocab_size * config.hidden_size * dtype_bytes
+    tables = [table] if config.tied_embeddings else [table, ceil(table / tp)]
+    how = f"{config.vocab_size} x {config.hidden_size} x {dtype_bytes} B x {len(tables)}"
+    yield MemoryLine("embedding and head", sum(tables) if pp == 1 else max(tables), how)
+    yield MemoryLine("norms", norm_parameters(config) * dtype_bytes, f"{norm_parameters(config)} x {dtype_bytes} B")
+    element_bytes = 4 if device.is_cpu else 2
+    yield MemoryLine(
+        "activations",
+        activation_bytes(config, limits.max_num_tokens, tp=tp, element_bytes=element_bytes),
+        f"{limits.max_num_tokens} tokens x (2 hidden + max(2 q + 2 kv, 3 intermediate)) x {element_bytes} B; our model",
+    )
+    logits = limits.max_batch_size * config.vocab_size * 4 * LOGITS_COPIES
+    yield MemoryLine("logits", logits, f"{limits.max_batch_size} x {config.vocab_size} x 4 B x {LOGITS_COPIES}")
+    if device.is_cpu:
+        yield MemoryLine("process and libraries", CPU_PROCESS_BYTES, "our assumption")
+    else:
+        yield MemoryLine("CUDA context", CUDA_CONTEXT_BYTES, "551 MiB a process, aiconfigurator 2025")
+        yield MemoryLine("runtime workspaces", RUNTIME_BYTES, "our assumption")
+
+
+def _auto_tokens(limits: Limits, per_token: int, free: int | None) -> int:
+    """Cache tokens of one service: what the limits can use, in whole blocks, within the free memory."""
+    sequence = ceil(limits.max_seq_len / TOKENS_PER_BLOCK) * TOKENS_PER_BLOCK
+    useful = limits.max_batch_size * sequence
+    if free is None:
+        return useful
+    room = int(max(0, free) * KV_FREE_FRACTION) // per_token // TOKENS_PER_BLOCK * TOKENS_PER_BLOCK
+    return max(sequence, min(useful, room))
+
+
+def _times(line: MemoryLine, services: int) -> MemoryLine:
+    if services == 1:
+        return line
+    return MemoryLine(line.name, line.bytes * services, f"{services} services x {format_bytes(line.bytes)}: {line.how}")
+
+
+def smaller_limits(limits: Limits, fits: Callable[[Limits], bool]) -> Iterator[str]:
+    """For each limit alone, the largest halving of it that ``fits``, as a recipe says it: ``"max_seq_len: 2048"``."""
+    for key, least in (("max_input_len", 256), ("max_seq_len", 256), ("max_batch_size", 1)):
+        value = getattr(limits, key) // 2
+        while value >= least:
+            if fits(_within(replace(limits, **{key: value}))):
+                yield f"{key}: {value}"
+                break
+            value //= 2
+
+
+def _within(limits: Limits) -> Limits:
+    """Limits made consistent again after one of them shrank."""
+    prompt = min(limits.max_input_len, limits.max_seq_len)
+    tokens = min(limits.max_num_tokens, limits.max_batch_size * limits.max_seq_len)
+    return replace(limits, max_input_len=prompt, max_num_tokens=tokens)

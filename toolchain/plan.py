@@ -1,0 +1,270 @@
+"""The plan: every decision that a recipe leaves open, made and explained; or every reason why it cannot be. Pure.
+
+Holds the order of the rules of ``decisions``, the check against the device's memory, and what each stage's key depends
+on. It reads no weights, looks at no machine and starts nothing; what it knows comes from the recipe, the model's config
+and the facts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from toolchain import decisions as rules
+from toolchain.decisions import Decision, Notes
+from toolchain.device import Device, Price, device, prices
+from toolchain.engine import Limits
+from toolchain.family import LlamaConfig
+from toolchain.memory import MemoryPlan, memory_plan, smaller_limits
+from toolchain.quantization import KV, WEIGHTS, KvScheme, WeightScheme
+from toolchain.recipe import Recipe
+from toolchain.release import Release, backends
+from toolchain.units import MIB, format_bytes, parse_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe with nothing left open."""
+
+    recipe: Recipe
+    config: LlamaConfig
+    device: Device
+    backend: str
+    release: Release | None
+    """TensorRT-LLM; None for openvino."""
+    weights: WeightScheme
+    group_size: int | None
+    """Input channels per scale; None where scales are not per group."""
+    kv: KvScheme
+    dtype: str
+    """Of the engine's embeddings, norms and head, on a GPU of its activations; a checkpoint keeps the model's own."""
+    limits: Limits
+    tp: int
+    pp: int
+    services: int
+    context_fmha: bool
+    paged_context_fmha: bool
+    """Needed for KV reuse and chunked context; only tensorrt_engine has a choice."""
+    memory: MemoryPlan
+    prices: tuple[Price, ...]
+    decisions: tuple[Decision, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def max_kv_tokens(self) -> int:
+        """Tokens in the paged cache of one service."""
+        return self.memory.max_kv_tokens
+
+    @property
+    def checkpoint_kv(self) -> str:
+        """The KV format that the quantized checkpoint states; openvino makes its scales while running, so none."""
+        return "fp16" if self.backend == "openvino" else self.kv.name
+
+    def slice(self, stage: str) -> dict[str, Any]:
+        """The plain-JSON inputs that the key of ``quantize``, ``build`` or ``package`` depends on.
+
+        ``quantize`` has no dtype: a checkpoint keeps the model's own. ``package`` is short because its key also holds
+        the engine's, which carries the rest. Raises ValueError for another stage.
+        """
+        weights = {"weights": self.weights.name, "group_size": self.group_size}
+        if stage == "quantize":
+            scales = self.recipe.quantization.scales if self.group_size else None
+            return {**weights, "scales": scales, "kv": self.checkpoint_kv}
+        runtime = {
+            "recipe": self.recipe.name,
+            "backend": self.backend,
+            "release": self.release.version if self.release else None,
+            "kv": self.kv.name,
+            "limits": asdict(self.limits),
+            "max_kv_tokens": self.max_kv_tokens,
+            "threads": self.recipe.cpu.threads,
+            "precision": self.recipe.cpu.precision if self.device.is_cpu else None,
+        }
+        if stage == "build":
+            parallel = {"tp": self.tp, "pp": self.pp}
+            fmha = {"context_fmha": self.context_fmha, "paged_context_fmha": self.paged_context_fmha}
+            place = {"device": self.device.name, "sm": self.device.sm, "dtype": self.dtype}
+            return {**runtime, **weights, **parallel, **fmha, **place}
+        if stage == "package":
+            return {"recipe": self.recipe.name, "services": self.services}
+        raise ValueError(f"no stage {stage!r}: quantize, build or package")
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole plan as plain JSON."""
+        return {
+            **self.slice("build"),
+            "model": self.recipe.model,
+            "services": self.services,
+            "container": self.release.container if self.release else None,
+            "memory": asdict(self.memory),
+            "prices": [asdict(price) for price in self.prices],
+            "decisions": [asdict(decision) for decision in self.decisions],
+            "warnings": list(self.warnings),
+        }
+
+
+def make_plan(recipe: Recipe, config: LlamaConfig, *, host_memory_bytes: int | None = None) -> Plan:
+    """Decide everything that the recipe leaves open. Raises PlanError with all reasons at once when it cannot run.
+
+    ``host_memory_bytes``: what a CPU may use; without it, a CPU's memory counts as enough.
+    """
+    notes = Notes()
+    target = device(recipe.device)
+    notes.decide("device", target.name, f"{target.title}{rules.with_sm(target)}, {target.arch}")
+    backend = rules.choose_backend(recipe, target, notes)
+    weights, kv = WEIGHTS[recipe.quantization.weights], KV[recipe.kv_cache.dtype]
+    rules.check_formats(weights, kv, target, backend, notes)
+    release = rules.choose_release(recipe, target, backend, notes)
+    group_size = recipe.quantization.group_size if weights.group_sizes else None
+    dtype = rules.choose_dtype(recipe, config, target, notes)
+    fused = rules.fused_attention(target)
+    limits = rules.choose_limits(recipe, config, notes, fused=fused, cpu=target.is_cpu)
+    paged = rules.paged_context(backend, weights, kv, fused, notes)
+    rules.check_shapes(recipe, config, group_size, target, notes)
+    memory = _memory(recipe, config, weights, kv, limits, target, notes, fused=fused, host=host_memory_bytes)
+    _explain(recipe, weights, kv, target, memory, notes)
+    notes.raise_if_refused(recipe.name)
+    notes.warnings.extend(_warnings(recipe, weights, kv, target, backend))
+    return Plan(
+        recipe=recipe,
+        config=config,
+        device=target,
+        backend=backend,
+        release=release,
+        weights=weights,
+        group_size=group_size,
+        kv=kv,
+        dtype=dtype,
+        limits=limits,
+        tp=recipe.parallel.tp,
+        pp=recipe.parallel.pp,
+        services=recipe.services,
+        context_fmha=fused,
+        paged_context_fmha=paged,
+        memory=memory,
+        prices=prices(target.name),
+        decisions=tuple(notes.decisions),
+        warnings=tuple(notes.warnings),
+    )
+
+
+def _memory(
+    recipe: Recipe,
+    config: LlamaConfig,
+    weights: WeightScheme,
+    kv: KvScheme,
+    limits: Limits,
+    target: Device,
+    notes: Notes,
+    *,
+    fused: bool,
+    host: int | None,
+) -> MemoryPlan:
+    """The memory of the plan; refuses what does not fit, and says by how much and what would."""
+
+    def ask(
+        weights: WeightScheme = weights, kv: KvScheme = kv, limits: Limits = limits, services: int = recipe.services
+    ) -> MemoryPlan:
+        size = recipe.kv_cache.size
+        return memory_plan(
+            config,
+            weights,
+            kv,
+            limits,
+            target,
+            tp=recipe.parallel.tp,
+            pp=recipe.parallel.pp,
+            services=services,
+            unfused_attention=not fused,
+            group_size=recipe.quantization.group_size,
+            kv_tokens=recipe.kv_cache.max_tokens,
+            kv_pool_bytes=parse_bytes(size) if size else None,
+            host_memory_bytes=host,
+        )
+
+    found = ask()
+    if found.missing_bytes:
+        accepts = backends()[recipe.backend or target.backends[0]]
+        better = [
+            f"weights: {n}" for n in accepts.weights if _helps(WEIGHTS[n], target) and ask(weights=WEIGHTS[n]).fits
+        ]
+        better += [f"kv_cache dtype: {n}" for n in accepts.kv if _helps(KV[n], target) and ask(kv=KV[n]).fits]
+        better += smaller_limits(limits, lambda changed: ask(limits=changed).fits)
+        better += [f"services: {n}" for n in range(recipe.services - 1, 0, -1) if ask(services=n).fits][:1]
+        has = "" if found.available is None else f", {found.available // MIB} MiB"
+        notes.refuse(
+            f"memory: it needs {format_bytes(found.total)}, {-(-found.missing_bytes // MIB)} MiB more than the "
+            f"{target.title} has{has} (largest term: {_largest(found)})",
+            "Any one of these would fit: " + "; ".join(better) if better else "No single change of the recipe fits",
+        )
+    elif not found.fits:
+        key = "size" if recipe.kv_cache.size else "max_tokens"
+        reason = f"kv_cache.{key} holds {found.max_kv_tokens} tokens, not one sequence of {limits.max_seq_len}"
+        notes.refuse(reason, f"Use kv_cache max_tokens: {limits.max_seq_len} or more, or a shorter max_seq_len")
+    return found
+
+
+def _helps(scheme: WeightScheme | KvScheme, target: Device) -> bool:
+    return scheme.quant_algo is not None and scheme.needs <= target.dtypes
+
+
+def _largest(memory: MemoryPlan) -> str:
+    """The largest term that is not the cache, which takes what is left: ``"linear weights take 23.63 GiB"``."""
+    line = max((line for line in memory.lines if line.name != "KV cache"), key=lambda line: line.bytes)
+    return f"{line.name}: {format_bytes(line.bytes)}"
+
+
+def _explain(
+    recipe: Recipe, weights: WeightScheme, kv: KvScheme, target: Device, memory: MemoryPlan, notes: Notes
+) -> None:
+    """The decisions that the recipe made itself, with what they mean, and what the memory gave."""
+    notes.decide("weights", weights.name, weights.summary, weights.source)
+    if weights.group_sizes:
+        notes.decide("group_size", recipe.quantization.group_size, "input channels that share one scale")
+        how = "least squared error after clipping" if recipe.quantization.scales == "mse" else "amax / 7, as ModelOpt"
+        notes.decide("scales", recipe.quantization.scales, how)
+    if target.is_cpu and kv.name == "int8":
+        reason = "OpenVINO's u8 cache: scales are made while running, per token (values) and per channel (keys)"
+        notes.decide("kv_cache", kv.name, reason, backends()["openvino"].source)
+    else:
+        notes.decide("kv_cache", kv.name, kv.summary, kv.source)
+    if recipe.kv_cache.max_tokens or recipe.kv_cache.size:
+        reason = "named by the recipe"
+    else:
+        reason = "what the limits can use, within 90 % of what is left" + (
+            " per service" if recipe.services > 1 else ""
+        )
+    notes.decide("max_kv_tokens", memory.max_kv_tokens, reason, "toolchain/memory.py")
+    if recipe.services > 1:
+        notes.decide(
+            "services", recipe.services, "each gets its own fixed cache: shares of free memory depend on start order"
+        )
+
+
+def _warnings(recipe: Recipe, weights: WeightScheme, kv: KvScheme, target: Device, backend: str) -> Iterator[str]:
+    """What a user should know before building, with the source."""
+    if target.is_cpu:
+        return
+    if weights.name == "fp8":
+        yield (
+            "not calibrated yet: the FP8 checkpoint has no input scales, which TensorRT-LLM needs for FP8 activations. "
+            "This release writes the weights; the engine waits for calibration"
+        )
+    if kv.name == "int8":
+        yield (
+            "not calibrated yet: INT8 KV needs a static scale per layer, and this release writes none. The engine "
+            "waits for calibration. INT8 KV is also a common cause of bad text (TensorRT-LLM issues 967, 453): check "
+            "quality"
+        )
+    if kv.name == "fp8":
+        yield "not calibrated yet: FP8 KV runs with scale 1.0, the value that NVIDIA ModelOpt writes for usual models"
+    if weights.name == "int4":
+        yield "int4 weights save memory and speed up decoding, not the first token (TensorRT-LLM issues 1565, 2487)"
+    if target.sm == 75 and weights.name == "int4":
+        yield (
+            "released wheels have no SM 75 code, and their int4 kernels give errors or garbage on a T4: build "
+            "TensorRT-LLM for 75-real (TensorRT-LLM issues 771, 396, 1182), and check quality before use"
+        )
+    if recipe.services > 1 and backend != "openvino":
+        yield "NVIDIA advises against several engines on one GPU (tensorrtllm_backend docs/llama_multi_instance.md)"

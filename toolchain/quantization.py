@@ -1,0 +1,84 @@
+"""The table of quantizations: what each one is called on disk, how many bits it takes and what it needs of a device.
+
+Read from ``facts/quantizations.yaml``. It does not know any device or backend: ``plan`` joins the two sides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from toolchain import workspace
+
+
+@dataclass(frozen=True)
+class WeightScheme:
+    """How the seven linear layers of a decoder layer are stored. Embeddings, norms and head keep the model's dtype."""
+
+    name: str
+    quant_algo: str | None
+    """The name in ``hf_quant_config.json``; None where nothing is quantized."""
+    bits: int
+    needs: frozenset[str]
+    """Tensor-core dtypes that the device must have."""
+    group_sizes: tuple[int, ...]
+    """Legal group sizes along the input axis, best first; empty where scales are not per group."""
+    summary: str
+    source: str
+
+    def scale_bytes(self, out_features: int, in_features: int, group_size: int) -> int:
+        """Bytes of fp32 scales for one matrix [out, in]: per group for int4, one for fp8, none otherwise."""
+        if self.group_sizes:
+            return out_features * (in_features // group_size) * 4
+        return 4 if self.quant_algo else 0
+
+
+@dataclass(frozen=True)
+class KvScheme:
+    """How keys and values are kept between steps."""
+
+    name: str
+    quant_algo: str | None
+    bytes_per_element: int
+    needs: frozenset[str]
+    summary: str
+    source: str
+
+
+def _weights() -> dict[str, WeightScheme]:
+    rows = workspace.facts("quantizations")["weights"]
+    return {
+        name: WeightScheme(
+            name=name,
+            quant_algo=row["quant_algo"],
+            bits=row["bits"],
+            needs=frozenset(row["needs"]),
+            group_sizes=tuple(row["group_sizes"]),
+            summary=row["summary"],
+            source=row["source"],
+        )
+        for name, row in rows.items()
+    }
+
+
+def _kv() -> dict[str, KvScheme]:
+    rows = workspace.facts("quantizations")["kv"]
+    return {
+        name: KvScheme(
+            name=name,
+            quant_algo=row["quant_algo"],
+            bytes_per_element=row["bytes_per_element"],
+            needs=frozenset(row["needs"]),
+            summary=row["summary"],
+            source=row["source"],
+        )
+        for name, row in rows.items()
+    }
+
+
+WEIGHTS: dict[str, WeightScheme] = _weights()
+KV: dict[str, KvScheme] = _kv()
+
+
+def weights_of(quant_algo: str | None) -> WeightScheme | None:
+    """The scheme that a checkpoint's ``quant_algo`` names, or None when it is not one of ours."""
+    return next((scheme for scheme in WEIGHTS.values() if scheme.quant_algo == quant_algo), None)

@@ -1,0 +1,295 @@
+"""The recipe: one YAML file that says what is served, on which device, and how it is quantized.
+
+Holds the strict model of a recipe, its JSON Schema, the way a recipe is found by name, and what its keys exclude
+together. It decides nothing: what a recipe leaves open, ``plan`` fills in, with reasons.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, PrivateAttr
+from pydantic_core import PydanticCustomError
+
+from toolchain import workspace
+from toolchain.device import closest_device, devices, find_device
+from toolchain.errors import RecipeError
+from toolchain.problems import Count, Few, MarkedYaml, Name, Port, Section, Text, has_keys, not_a_choice, read_text
+from toolchain.release import releases
+from toolchain.units import parse_bytes
+
+SUFFIXES = (".yaml", ".yml")
+SCHEMA_FILE = "recipe.schema.json"
+
+
+def _known_device(name: str) -> str:
+    found = find_device(name)
+    if found is None:
+        raise not_a_choice(name, "device", devices(), closest_device(name))
+    return found.name
+
+
+def _known_release(version: str) -> str:
+    if version not in releases():
+        near = get_close_matches(version, list(releases()), n=1)
+        raise not_a_choice(version, "release", releases(), near[0] if near else "")
+    return version
+
+
+def _size(text: str) -> str:
+    try:
+        count = parse_bytes(text)
+    except (ValueError, OverflowError):
+        count = 0
+    if not 0 < count < 2**63:
+        raise PydanticCustomError("size", "{value} is not a size; write it as 2GiB or 512MiB", {"value": repr(text)})
+    return text
+
+
+def _offer_devices(schema: dict[str, Any]) -> None:
+    """Names complete in an editor; aliases such as "RTX 4090" are accepted too."""
+    aliases = {alias for one in devices().values() for alias in one.aliases}
+    schema["anyOf"] = [{"enum": list(devices())}, {"enum": sorted(aliases - set(devices()))}]
+
+
+def _offer_releases(schema: dict[str, Any]) -> None:
+    schema["examples"] = list(releases())[::-1]
+
+
+class Quantization(Section):
+    """How the linear layers' weights are stored. Embeddings, norms and head keep the model's own dtype."""
+
+    weights: Literal["none", "fp8", "int4"] = Field(
+        default="none",
+        description="none: as they are. fp8: e4m3, one scale per matrix; needs SM 8.9 or newer. "
+        "int4: symmetric, one scale per group of input channels, 16-bit activations (W4A16).",
+    )
+    group_size: Literal[64, 128] = Field(
+        default=128, description="Input channels that share one scale; only with int4."
+    )
+    scales: Literal["modelopt", "mse"] = Field(
+        default="mse",
+        description="How int4 scales are chosen; only with int4. modelopt: amax / 7, as NVIDIA ModelOpt does. "
+        "mse: the clipping of that range with the least squared error.",
+    )
+
+
+class KvCache(Section):
+    """How keys and values are kept between steps, and how many."""
+
+    dtype: Literal["fp16", "int8", "fp8", "fp32"] = Field(
+        default="fp16",
+        description="fp16: 16 bits, the model's own dtype. int8: in TensorRT-LLM engines static, one scale per layer; "
+        "with openvino it means the u8 cache, whose scales are made while running (per token for values, per "
+        "channel and block of tokens for keys), so nothing is calibrated. fp8: needs SM 8.9 or newer. "
+        "fp32: only with device cpu, for comparisons.",
+    )
+    max_tokens: Count | None = Field(
+        default=None,
+        description="Tokens that the cache of one service holds. Default: what the memory allows and the limits need.",
+    )
+    size: Annotated[str, AfterValidator(_size)] | None = Field(
+        default=None,
+        description="Bytes that the cache of one service may take, such as 2GiB; instead of max_tokens.",
+        examples=["2GiB", "512MiB"],
+    )
+
+
+class RecipeLimits(Section):
+    """What the engine is made for."""
+
+    max_batch_size: Count = Field(default=8, description="Sequences in flight at the same time, per service.")
+    max_seq_len: Count | None = Field(
+        default=None,
+        description="Tokens of one sequence, prompt and output together. Default: all positions that the model knows.",
+    )
+    max_input_len: Count | None = Field(
+        default=None,
+        description="Tokens of the longest prompt. Default: max_seq_len (set it on a T4: it costs memory squared).",
+    )
+    max_num_tokens: Count | None = Field(
+        default=None,
+        description="Tokens in one step over all sequences; decides the activations' memory. "
+        "Default: 8192 (256 on a cpu, which takes no more), or max_batch_size x max_seq_len where that is less.",
+    )
+
+
+class Parallel(Section):
+    """Over how many GPUs one service is split."""
+
+    tp: Few = Field(default=1, description="Tensor parallelism: GPUs that share each matrix.")
+    pp: Few = Field(default=1, description="Pipeline parallelism: GPUs that share the layers.")
+
+
+class Serve(Section):
+    """Where the server listens. These say where, not what: changing them rebuilds nothing."""
+
+    host: Text = Field(default="127.0.0.1", description="Address to bind; 0.0.0.0 opens the server to the network.")
+    http_port: Port = Field(default=8000, description="KServe HTTP.")
+    grpc_port: Port = Field(default=8001, description="KServe gRPC.")
+    metrics_port: Port = Field(default=8002, description="Prometheus metrics.")
+
+
+class Cpu(Section):
+    """Settings of the openvino backend; only with device cpu."""
+
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        default=None, description="Threads of one service. Default: the machine's cores, shared by the services."
+    )
+    precision: Literal["auto", "f32", "bf16"] = Field(
+        default="auto",
+        description="Arithmetic of the engine. auto: bf16 where the CPU has instructions for it, else f32.",
+    )
+
+
+class Recipe(Section):
+    """One LLM service: the model, the device, and how it is quantized."""
+
+    name: Name = Field(
+        "", description="Name of the service and of its artifacts. Default: the file's name.", validate_default=False
+    )
+    description: str = Field(default="", description="One line for people.")
+    model: Text = Field(
+        description="A folder in the Hugging Face layout, or hf:ORG/NAME (ORG/NAME works too).",
+        examples=["meta-llama/Llama-2-13b-chat-hf"],
+    )
+    device: Annotated[str, AfterValidator(_known_device)] = Field(
+        description="The device that it will run on.", json_schema_extra=_offer_devices
+    )
+    backend: Literal["tensorrt_engine", "tensorrt_llmapi", "openvino"] | None = Field(
+        default=None,
+        description="What runs the engine. Default: openvino on a cpu, tensorrt_engine on a GPU that it supports.",
+    )
+    tensorrt_llm: Annotated[str, AfterValidator(_known_release)] | None = Field(
+        default=None,
+        description="Pin of the TensorRT-LLM release, in quotes. Default: the newest one that supports the device.",
+        json_schema_extra=_offer_releases,
+    )
+    quantization: Quantization = Field(default=Quantization(), description="How weights are stored.")
+    kv_cache: KvCache = Field(default=KvCache(), description="The cache of keys and values.")
+    limits: RecipeLimits = Field(default=RecipeLimits(), description="How many sequences, and how long.")
+    parallel: Parallel = Field(default=Parallel(), description="Split over several GPUs.")
+    services: Few = Field(default=1, description="Copies of the service on the same device.")
+    serve: Serve = Field(default=Serve(), description="Where the server listens.")
+    cpu: Cpu = Field(default=Cpu(), description="Settings of the openvino backend.")
+
+    _text: str = PrivateAttr("")
+    _path: Path = PrivateAttr(Path())
+
+    @property
+    def text(self) -> str:
+        """The text of the file, kept in the stamps of what was made from it."""
+        return self._text
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+
+@functools.cache
+def schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a recipe, as published in ``recipes/recipe.schema.json``."""
+    body = Recipe.model_json_schema()
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": SCHEMA_FILE, "title": "scalellm recipe"}
+    return head | {key: value for key, value in body.items() if key not in head}
+
+
+def available(search: Sequence[Path] | None = None) -> dict[str, Path]:
+    """Name -> file of every recipe at hand; a name in an earlier folder hides the later ones.
+
+    The current folder may hold YAML files of other programs, which are left out. ``find_recipe`` does take such a file
+    when it is named: a recipe that lacks a key must be told so, not passed over for a shipped one of the same name.
+    """
+    needs, here = ("model", "device"), Path()
+    return {name: file for name, file in _files(search).items() if file.parent != here or has_keys(file, needs)}
+
+
+def _files(search: Sequence[Path] | None) -> dict[str, Path]:
+    """Name -> YAML file of all that a bare name finds, in order: here, in ./recipes, among the shipped recipes."""
+    found: dict[str, Path] = {}
+    for folder in (Path(), Path("recipes"), workspace.shipped("recipes")) if search is None else search:
+        for file in sorted(folder.glob("*")) if folder.is_dir() else ():
+            if file.suffix in SUFFIXES and file.is_file():
+                found.setdefault(file.stem, file)
+    return found
+
+
+def find_recipe(name_or_path: str, search: Sequence[Path] | None = None) -> Path:
+    """A path, or a name with or without suffix -> the file. Raises RecipeError with the nearest name and the list."""
+    direct = Path(name_or_path).expanduser()
+    if direct.is_file() and (direct.suffix in SUFFIXES or len(direct.parts) > 1):
+        return direct
+    files, wanted = _files(search), direct.name.removesuffix(".yaml").removesuffix(".yml")
+    if len(direct.parts) <= 1 and wanted in files:
+        return files[wanted]
+    known = available(search)
+    near = get_close_matches(wanted, list(known), n=1)
+    listed = ", ".join(known) or "none"
+    raise RecipeError(
+        f"no recipe {name_or_path!r}" + (f" (did you mean {near[0]!r}?)" if near else ""),
+        hint=f"Recipes found here, in ./recipes and shipped: {listed}\nOr give a path: --recipe path/to/recipe.yaml",
+    )
+
+
+def load_recipe(name_or_path: str, *, search: Sequence[Path] | None = None) -> Recipe:
+    """Find, read and check a recipe. ``search`` replaces the folders where a bare name is looked up.
+
+    Raises RecipeError with every problem of the file at once, each with its line.
+    """
+    path = find_recipe(name_or_path, search)
+    return parse_recipe(read_text(path, "recipe"), path)
+
+
+def parse_recipe(text: str, path: Path) -> Recipe:
+    """The text of a recipe -> Recipe. ``path`` names the file in messages. Raises RecipeError with every problem."""
+    tree = MarkedYaml(str(path), noun="recipe", needs="model and device", example="device: rtx4090")
+    data = tree.read(text)
+    recipe: Recipe | None = None
+    if data is not None:
+        data.setdefault("name", path.stem)
+        recipe = tree.validate(data, Recipe)
+        for where, message in _contradictions(data):
+            tree.complain(where, message)
+    if tree.problems or recipe is None:
+        raise tree.error("Every key and its choices: scalellm recipes schema")
+    recipe._text, recipe._path = text, path
+    return recipe
+
+
+def _contradictions(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Keys that are sound alone and not together. Looks at raw data: it also speaks when other keys are wrong."""
+    quantization, kv, limits, serve = (_section(data, key) for key in ("quantization", "kv_cache", "limits", "serve"))
+    if quantization.get("weights", "none") in ("none", "fp8"):
+        for key in ("group_size", "scales"):
+            if key in quantization:
+                yield ("quantization", key), "only with weights: int4"
+    if "max_tokens" in kv and "size" in kv:
+        yield ("kv_cache", "size"), "give max_tokens or size, not both"
+    longest = _whole(limits.get("max_seq_len"))
+    prompt, tokens = _whole(limits.get("max_input_len")), _whole(kv.get("max_tokens"))
+    if longest and prompt and prompt > longest:
+        yield ("limits", "max_input_len"), f"{prompt} is more than max_seq_len {longest}, which counts the prompt too"
+    if longest and tokens and tokens < longest:
+        yield ("kv_cache", "max_tokens"), f"{tokens} holds not even one sequence of max_seq_len {longest}"
+    taken: dict[int, str] = {}
+    for key, default in (("http_port", 8000), ("grpc_port", 8001), ("metrics_port", 8002)):
+        port = serve.get(key, default)
+        if _whole(port) and taken.setdefault(port, key) != key:
+            yield ("serve", key if key in serve else taken[port]), f"{taken[port]} and {key} are both {port}"
+    given = data.get("device")
+    found = find_device(given) if isinstance(given, str) else None
+    if found and not found.is_cpu and "cpu" in data:
+        yield ("cpu",), f"only with device: cpu, not {found.name}"
+
+
+def _section(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = data.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def _whole(value: Any) -> int | None:
+    return value if type(value) is int else None
