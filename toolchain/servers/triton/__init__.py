@@ -1,0 +1,1 @@
+"""NVIDIA Triton as the server: find it, start it, know that it answers, replace it when it does not."""

@@ -1,0 +1,1 @@
+"""The verbs. One public function each, named like the file; ``pipeline`` alone knows their order."""
