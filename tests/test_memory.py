@@ -185,3 +185,12 @@ def test_more_memory_never_fits_less(
     assert after.max_kv_tokens >= before.max_kv_tokens
     assert after.fits or not before.fits
     assert before.fits == (before.total <= small.memory_mib * MIB)  # type: ignore[operator]
+
+
+def test_fp8_weights_take_sixteen_bits_on_a_cpu_and_eight_on_a_gpu() -> None:
+    def linears(name: str) -> int:
+        made = memory_plan(LLAMA_13B, WEIGHTS["fp8"], KV["fp16"], LIMITS, device(name), host_memory_bytes=64 * GIB)
+        return next(line.bytes for line in made.lines if line.name == "linear weights")
+
+    assert linears("l4") == linear_parameters(LLAMA_13B)
+    assert linears("cpu") == 2 * linear_parameters(LLAMA_13B)

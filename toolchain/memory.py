@@ -37,6 +37,10 @@ TOKENS_PER_BLOCK = 64
 CPU_BLOCK_TOKENS = 32
 """Tokens in one block of OpenVINO's paged cache on a CPU (GenAI 2026.4.1)."""
 
+CPU_FP8_BITS = 16
+"""OpenVINO's CPU plugin has no FP8 kernel: the engine keeps FP8 weights as 16-bit numbers, in which every e4m3 number is
+exact. Measured with 2026.4.1 under bf16."""
+
 LOGITS_COPIES = 2
 """fp32 logits and the copy that sampling sorts. Our assumption."""
 
@@ -192,11 +196,14 @@ def _fixed(
     """What one service takes before its KV cache."""
     dtype_bytes = config.dtype_bytes if device.is_cpu else 2
     bits = weights.bits if weights.quant_algo else dtype_bytes * 8
+    why = f" / (tp {tp} x pp {pp})" if tp * pp > 1 else ""
+    if device.is_cpu and bits == 8:
+        bits, why = CPU_FP8_BITS, ", unpacked: OpenVINO multiplies no FP8 (with precision f32 twice that)"
     share = ceil(config.num_layers / pp) / config.num_layers / tp
     yield MemoryLine(
         "linear weights",
         ceil(linear_parameters(config) * bits / 8 * share),
-        f"{linear_parameters(config)} x {bits} bits" + (f" / (tp {tp} x pp {pp})" if tp * pp > 1 else ""),
+        f"{linear_parameters(config)} x {bits} bits{why}",
     )
     bytes_per_scale = 4 if device.is_cpu or not weights.group_sizes else 2
     scales = scale_bytes(config, weights, group_size, bytes_per_scale=bytes_per_scale)

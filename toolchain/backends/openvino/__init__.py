@@ -1,0 +1,94 @@
+"""The CPU engine: an OpenVINO model written straight from a checkpoint in the unified layout.
+
+No model is traced or loaded for it, so memory is bounded by the pages of one tensor: the weights pass in blocks from
+the mapped checkpoint to ``openvino_model.bin``. OpenVINO GenAI's ContinuousBatchingPipeline serves it; that takes token
+ids and so needs no tokenizer model beside it. How requests reach the pipeline is not known here.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from toolchain.backends.openvino.graph import write_llama
+from toolchain.backends.openvino.ir import IrWriter
+from toolchain.backends.openvino.runtime import settings
+from toolchain.backends.openvino.weights import Weights
+from toolchain.checkpoint import Checkpoint
+from toolchain.errors import ToolError
+from toolchain.plan import Plan
+from toolchain.progress import Progress
+
+name = "openvino"
+VERSION = "1"
+MODEL_FILE = "openvino_model.xml"
+
+_PACKAGES = {"openvino": "openvino", "openvino_genai": "openvino-genai"}
+
+
+def lacks(plan: Plan) -> tuple[str, ...]:
+    """The Python packages that are not installed."""
+    return tuple(
+        f"the Python package {package}: pip install 'scalellm-toolchain[cpu]'"
+        for module, package in _PACKAGES.items()
+        if importlib.util.find_spec(module) is None
+    )
+
+
+def build(checkpoint: Checkpoint, out: Path, progress: Progress) -> None:
+    """Write ``openvino_model.xml`` and ``.bin``, ``config.json`` and the tokenizer's files into ``out``, fsynced.
+
+    Raises ArtifactError naming the file where the checkpoint is damaged, ToolError if OpenVINO refuses the result.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with (
+        progress.task("build", checkpoint.nbytes, "bytes") as task,
+        IrWriter(out / MODEL_FILE, checkpoint.config.architecture) as ir,
+    ):
+        write_llama(ir, checkpoint.config, Weights(checkpoint, ir, task.advance))
+    for file in (checkpoint.path / "config.json", *checkpoint.side_files):
+        shutil.copyfile(file, out / file.name)
+        with (out / file.name).open("rb") as stream:
+            os.fsync(stream.fileno())
+    _check(out / MODEL_FILE)
+
+
+def runtime(plan: Plan) -> dict[str, Any]:
+    """What the pipeline is told at load: ``{"properties": {...}, "scheduler": {...}}``, see ``runtime.settings``."""
+    return settings(
+        kv=plan.kv.name,
+        cache_tokens=plan.max_kv_tokens,
+        max_sequences=plan.limits.max_batch_size,
+        max_step_tokens=plan.limits.max_num_tokens,
+        precision=plan.recipe.cpu.precision,
+        threads=plan.recipe.cpu.threads,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Distribution name -> version, of those that are installed."""
+    found = {}
+    for package in _PACKAGES.values():
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _check(model: Path) -> None:
+    """Let OpenVINO read the model: it infers every shape, and the weights stay on disk."""
+    import openvino
+
+    try:
+        openvino.Core().read_model(model)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ToolError(
+            f"{model}: OpenVINO {openvino.get_version()} does not accept the model written for it: {reason}",
+            hint="This is a fault of scalellm or a version of OpenVINO that it was not tested with.",
+        ) from error
