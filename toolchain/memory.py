@@ -38,8 +38,8 @@ CPU_BLOCK_TOKENS = 32
 """Tokens in one block of OpenVINO's paged cache on a CPU (GenAI 2026.4.1)."""
 
 CPU_FP8_BITS = 16
-"""OpenVINO's CPU plugin has no FP8 kernel: the engine keeps FP8 weights as 16-bit numbers, in which every e4m3 number is
-exact. Measured with 2026.4.1 under bf16."""
+"""OpenVINO's CPU plugin has no FP8 kernel: the engine keeps FP8 weights as 16-bit numbers, which hold every e4m3 number
+exactly. Measured with 2026.4.1 under bf16."""
 
 LOGITS_COPIES = 2
 """fp32 logits and the copy that sampling sorts. Our assumption."""
