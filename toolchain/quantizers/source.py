@@ -1,0 +1,71 @@
+"""A checkpoint's tensors as torch sees them, without copies: views of the mapped files, given back after use."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from toolchain.checkpoint import Checkpoint
+from toolchain.errors import ArtifactError
+from toolchain.quantizers.shards import Bytes
+
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_PIECE_BYTES = 16 * 2**20
+
+
+class Source:
+    """Reads the tensors of a ``Checkpoint``."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def weight(self, name: str) -> torch.Tensor:
+        """A read-only view: never write to it. Call ``release`` when done."""
+        info = self.checkpoint.tensors[name]
+        return _view(self.checkpoint.bytes_of(name), DTYPES[info.dtype]).view(info.shape)
+
+    def release(self, name: str) -> None:
+        self.checkpoint.release(name)
+
+    def pieces(self, name: str) -> Iterator[Bytes]:
+        """A tensor's bytes in copies of bounded size. ArtifactError for NaN or infinity in it."""
+        dtype = DTYPES[self.checkpoint.tensors[name].dtype]
+        whole = self.checkpoint.bytes_of(name)
+        for start in range(0, whole.nbytes, _PIECE_BYTES):
+            piece = whole[start : start + _PIECE_BYTES].copy()
+            low, high = torch.aminmax(_view(piece, dtype))
+            if not bool(torch.isfinite(low) & torch.isfinite(high)):
+                raise self.not_finite(name)
+            yield piece
+        self.release(name)
+
+    def not_finite(self, name: str) -> ArtifactError:
+        file = self.checkpoint.tensors[name].file
+        return ArtifactError(
+            f"{file}: {name} holds NaN or infinity, so this model is damaged or was never sound",
+            hint="Download or copy the model again.",
+        )
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Ask the system to read these tensors into its cache while we compute. Only a hint."""
+        for info in (self.checkpoint.tensors[name] for name in names):
+            descriptor = os.open(info.file, os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
+
+
+def _view(data: Bytes, dtype: torch.dtype) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors and says so
+        return torch.from_numpy(data).view(dtype)
+
+
+def as_bytes(tensor: torch.Tensor) -> Bytes:
+    """The memory of a contiguous CPU tensor as flat uint8, without a copy."""
+    flat: Bytes = tensor.reshape(-1).view(torch.uint8).numpy()
+    return flat
