@@ -1,0 +1,217 @@
+"""The engine's own process: OpenVINO GenAI continuous batching, one loop, one pipe.
+
+    python engine_process.py SOCKET_FD ENGINE_FOLDER
+
+It lives apart from Triton's Python process because ``ContinuousBatchingPipeline.step`` keeps Python's interpreter lock
+for a whole step (openvino.genai 2026.4, src/python/py_continuous_batching_pipeline.cpp), and because an engine that
+dies must not take the answers of the waiting clients with it. Between two steps the loop takes new requests and
+cancels; after each step it sends one message with all new tokens. Nothing is logged for a token. It knows
+nothing of Triton or text.
+
+Messages in:  ("add", key, ids as bytes of int64, options)   ("cancel", key)   ("stop",)
+Messages out: ("ready", details)   ("step", [(key, row, ids, log probs or None, finish or None, detail)], status)
+              ``finish``: "stop" (end id), "length", "error" (``detail`` says what). ``row`` counts the beams.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from collections import deque
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import openvino_genai as genai
+
+_PR_SET_PDEATHSIG = 1
+"""linux/prctl.h: the signal that this process gets when its parent dies."""
+_RUNNING, _FINISHED, _IGNORED = (
+    genai.GenerationStatus.RUNNING,
+    genai.GenerationStatus.FINISHED,
+    genai.GenerationStatus.IGNORED,
+)
+
+
+class Engine:
+    """The requests in flight and the pipeline that steps them."""
+
+    def __init__(self, folder: Path, passport: dict[str, Any]) -> None:
+        runtime = passport["runtime"]
+        scheduler = genai.SchedulerConfig()
+        for name, value in {"max_num_seqs": passport["limits"]["max_batch_size"], **runtime["scheduler"]}.items():
+            if not hasattr(scheduler, name):
+                raise ValueError(f"engine.json: runtime.scheduler.{name} is unknown to this OpenVINO GenAI")
+            setattr(scheduler, name, value)
+        self._pipeline = genai.ContinuousBatchingPipeline(
+            str(folder), scheduler, runtime.get("device", "CPU"), dict(runtime.get("properties", {}))
+        )
+        self._max_sequences = scheduler.max_num_seqs
+        self._eos_ids = list(passport["eos_token_ids"])
+        self._waiting: deque[tuple[int, bytes, dict[str, Any]]] = deque()
+        self._running: dict[int, tuple[Any, dict[str, Any]]] = {}
+        self._sequences = 0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def status(self) -> dict[str, Any]:
+        """How many requests run and wait, and how full the KV cache is (percent)."""
+        usage = float(self._pipeline.get_metrics().cache_usage) if self._running else 0.0
+        return {"running": len(self._running), "waiting": len(self._waiting), "kv_usage_percent": round(usage, 2)}
+
+    def add(self, key: int, ids: bytes, options: dict[str, Any]) -> None:
+        self._waiting.append((key, ids, options))
+
+    def cancel(self, key: int) -> None:
+        """Forget a request. Its blocks are freed in the next step; no event follows."""
+        entry = self._running.pop(key, None)
+        if entry is not None:
+            entry[0].cancel()
+            self._sequences -= _width(entry[1])
+        else:
+            self._waiting = deque(item for item in self._waiting if item[0] != key)
+
+    def step(self) -> list[tuple[Any, ...]]:
+        """Start what fits, run one step, and return the events."""
+        events = self._start_waiting()
+        if self._pipeline.has_non_finished_requests():
+            self._pipeline.step()
+        for key in list(self._running):
+            events.extend(self._events_of(key))
+        return events
+
+    def drain_cancelled(self) -> None:
+        """One step for handles that were cancelled while nothing else runs, so that their KV blocks are freed."""
+        while not self._running and self._pipeline.has_non_finished_requests():
+            self._pipeline.step()
+
+    def _start_waiting(self) -> list[tuple[Any, ...]]:
+        events: list[tuple[Any, ...]] = []
+        while self._waiting and self._sequences + _width(self._waiting[0][2]) <= self._max_sequences:
+            key, ids, options = self._waiting.popleft()
+            try:
+                prompt = ov.Tensor(np.frombuffer(ids, dtype=np.int64).reshape(1, -1).copy())
+                handle = self._pipeline.add_request(key, prompt, self._configured(options))
+            except Exception as error:
+                events.append((key, 0, [], None, "error", str(error)))
+                continue
+            self._running[key] = (handle, options)
+            self._sequences += _width(options)
+        return events
+
+    def _configured(self, options: dict[str, Any]) -> genai.GenerationConfig:
+        """Options named as GenAI's own attributes. ``stop_token_ids`` empty: never end before ``max_new_tokens``."""
+        config = genai.GenerationConfig()
+        for name, value in options.items():
+            if name not in ("early", "stop_token_ids"):
+                setattr(config, name, value)
+        stops = options["stop_token_ids"]
+        config.ignore_eos = not stops
+        # add_request would add the model's own end ids to a config that has no eos_token_id.
+        config.eos_token_id = stops[0] if stops else self._eos_ids[0]
+        config.stop_token_ids = set(stops or self._eos_ids)
+        config.stop_criteria = genai.StopCriteria.EARLY if options.get("early") else genai.StopCriteria.HEURISTIC
+        return config
+
+    def _events_of(self, key: int) -> list[tuple[Any, ...]]:
+        handle, options = self._running[key]
+        status = handle.get_status()
+        rows: dict[int, tuple[list[int], list[float], Any]] = {}
+        while handle.can_read():
+            outputs = handle.read().items()
+            ranked = sorted(outputs, key=lambda item: -item[1].score) if options.get("num_beams", 1) > 1 else outputs
+            for row, (_, output) in enumerate(ranked):
+                ids, probabilities, _reason = rows.setdefault(row, ([], [], None))
+                ids.extend(output.generated_ids)
+                probabilities.extend(output.generated_log_probs)
+                rows[row] = (ids, probabilities, output.finish_reason)
+        if status == _RUNNING:
+            return [(key, row, *_tokens(ids, logs, options), None, "") for row, (ids, logs, _) in rows.items() if ids]
+        del self._running[key]
+        self._sequences -= _width(options)
+        if status != _FINISHED:
+            return [(key, 0, [], None, "error", "the KV cache is too small for this request")]
+        wanted = options.get("num_return_sequences", 1)
+        rows = rows or {0: ([], [], genai.GenerationFinishReason.STOP)}
+        return [(key, row, *_finished(ids, logs, reason, options)) for row, (ids, logs, reason) in rows.items()][
+            :wanted
+        ]
+
+
+def _width(options: dict[str, Any]) -> int:
+    return int(options.get("num_beams", 1))
+
+
+def _tokens(ids: list[int], log_probs: list[float], options: dict[str, Any]) -> tuple[list[int], list[float] | None]:
+    return ids, (log_probs if options.get("logprobs") else None)
+
+
+def _finished(ids: list[int], log_probs: list[float], reason: Any, options: dict[str, Any]) -> tuple[Any, ...]:
+    """The last event of a row. The end id is not part of the answer, as with TensorRT-LLM."""
+    stopped = reason == genai.GenerationFinishReason.STOP
+    if ids and ids[-1] in options["stop_token_ids"]:
+        ids, log_probs, stopped = ids[:-1], log_probs[:-1], True
+    return *_tokens(ids, log_probs, options), "stop" if stopped else "length", ""
+
+
+def warm_up(engine: Engine, vocab_size: int, max_tokens: int) -> None:
+    """Generate a little, alone and in a batch, so that the first user does not wait for kernels being compiled."""
+    count = max(1, min(4, max_tokens // 2))
+    prompt = (np.arange(max(1, min(24, max_tokens - count)), dtype=np.int64) % vocab_size).tobytes()
+    options = {"max_new_tokens": count, "stop_token_ids": []}
+    for keys in ([1], [2, 3]):
+        for key in keys:
+            engine.add(key, prompt, options)
+        while engine.busy:
+            for event in engine.step():
+                if event[4] == "error":
+                    raise RuntimeError(event[5])
+
+
+def serve(connection: Connection, engine: Engine) -> None:
+    """The loop. Returns on ("stop",) or when the other side is gone; an exception of the pipeline ends the process."""
+    while True:
+        while not engine.busy or connection.poll():
+            message = connection.recv()
+            if message[0] == "stop":
+                return
+            if message[0] == "add":
+                engine.add(*message[1:])
+            else:
+                engine.cancel(message[1])
+            if not engine.busy:
+                engine.drain_cancelled()
+                connection.send(("step", [], engine.status()))
+        events = engine.step()
+        if events or not engine.busy:
+            connection.send(("step", events, engine.status()))
+
+
+def main(argv: list[str]) -> None:
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)
+    for ignored in (signal.SIGINT, signal.SIGTERM):  # The stub says when: running answers are finished first.
+        signal.signal(ignored, signal.SIG_IGN)
+    connection = Connection(int(argv[1]))
+    folder = Path(argv[2])
+    passport = json.loads((folder / "engine.json").read_text(encoding="utf-8"))
+    engine = Engine(folder, passport)
+    warm_up(engine, passport["vocab_size"], passport["limits"]["max_seq_len"])
+    connection.send(("ready", {"pid": os.getpid()}))
+    try:
+        serve(connection, engine)
+    except (EOFError, ConnectionError):
+        return
+
+
+if __name__ == "__main__":
+    main(sys.argv)

@@ -1,0 +1,170 @@
+"""Write the Triton model repository that serves an engine.
+
+    OUT/preprocessing  OUT/tensorrt_llm  OUT/postprocessing  OUT/ensemble  OUT/tensorrt_llm_bls      (version folder 1)
+
+The models' files come from ``model_repo_templates``: ``common`` is the same for every backend, ``tensorrt_llm`` comes
+from the backend's own folder. The engine's files are hard links where the disk allows it, so that a repository costs no
+second copy of the weights. It does not start anything.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolchain import workspace
+from toolchain.engine import Engine
+from toolchain.errors import ArtifactError
+from toolchain.repository import CONTENTS, Value, render_all
+
+if TYPE_CHECKING:
+    from toolchain.plan import Plan
+
+VERSION = "1"
+"""Raised when the same engine would give another repository for a reason that ``inputs`` does not see."""
+
+COMMON = ("preprocessing", "postprocessing", "tensorrt_llm_bls", "ensemble")
+ENGINE_MODEL = "tensorrt_llm"
+_SHARED = {
+    "preprocessing": ("detokenizer.py", "tensors.py", "tokenizer.py", "words.py"),
+    "postprocessing": ("detokenizer.py", "tensors.py", "tokenizer.py"),
+    "tensorrt_llm_bls": ("detokenizer.py", "tensors.py", "tokenizer.py"),
+    ENGINE_MODEL: ("detokenizer.py", "tensors.py", "words.py"),
+}
+"""Files of ``common/shared`` that each model needs beside it: Triton puts the version folder on ``sys.path``."""
+_WITH_TOKENIZER = ("preprocessing", "postprocessing", "tensorrt_llm_bls")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+_REFUSES_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES}
+
+
+def inputs(plan: Plan, engine_key: str) -> dict[str, Any]:
+    """What the repository depends on, as plain JSON: its key is the hash of this."""
+    templates = workspace.shipped("model_repo_templates")
+    files = [*_files(templates / "common"), *_files(templates / plan.backend)]
+    return {
+        **plan.slice("package"),
+        "package_version": VERSION,
+        "templates": workspace.key_of(
+            {path.relative_to(templates).as_posix(): workspace.sha256_of(path) for path in files}
+        ),
+        "engine": engine_key,
+    }
+
+
+def package(engine: Engine, out: Path, *, parameters: Mapping[str, Value] | None = None) -> dict[str, str]:
+    """Write the repository of ``engine`` into the draft folder ``out``.
+
+    ``parameters`` replaces values of ``defaults(engine)``. Returns the sha256 of the engine's own files by their path
+    in ``out``, so that nobody has to read the weights again. Raises ArtifactError for a backend without templates, an
+    unknown parameter, or an engine without a tokenizer.
+    """
+    templates = workspace.shipped("model_repo_templates")
+    backend = engine.passport.backend
+    sources = {name: templates / "common" / name for name in COMMON}
+    sources[ENGINE_MODEL] = templates / backend / ENGINE_MODEL
+    if not sources[ENGINE_MODEL].is_dir():
+        raise ArtifactError(f"{engine.path}: there are no templates for the backend {backend!r} in {templates}")
+    values = {**defaults(engine), **(parameters or {})}
+    configurations = render_all(
+        {name: (source / "config.pbtxt").read_text(encoding="utf-8") for name, source in sources.items()}, values
+    )
+    for name, source in sources.items():
+        _write_model(out / name, source, configurations[name])
+        for shared in _SHARED.get(name, ()):
+            shutil.copyfile(templates / "common" / "shared" / shared, out / name / "1" / shared)
+    known = _place_tokenizer(engine, out) | _place_engine(engine, out)
+    contents = {"backend": backend, "recipe": engine.passport.recipe, "models": sorted(sources), "parameters": values}
+    workspace.write_durably(out / CONTENTS, (json.dumps(contents, indent=2, sort_keys=True) + "\n").encode())
+    return known
+
+
+def defaults(engine: Engine) -> dict[str, Value]:
+    """The value of every placeholder, from the engine's passport where it decides."""
+    passport, limits = engine.passport, engine.passport.limits
+    queue = 4 * limits.max_batch_size
+    return {
+        "triton_max_batch_size": limits.max_batch_size,
+        "tokenizer_dir": "tokenizer",
+        "add_special_tokens": True,
+        "skip_special_tokens": True,
+        "exclude_input_in_output": True,
+        "max_input_len": limits.max_input_len,
+        "vocab_size": passport.vocab_size,
+        "preprocessing_instance_count": 1,
+        "postprocessing_instance_count": 1,
+        "bls_max_concurrent_requests": limits.max_batch_size + queue,
+        "tensorrt_llm_model_name": ENGINE_MODEL,
+        "logits_datatype": "TYPE_FP32",
+        "engine_dir": "engine",
+        "max_queue_size": queue,
+        "max_beam_width": 4,
+        "status_file": "",
+    }
+
+
+def _write_model(folder: Path, source: Path, configuration: str) -> None:
+    (folder / "1").mkdir(parents=True, exist_ok=True)
+    (folder / "config.pbtxt").write_text(configuration, encoding="utf-8")
+    for path in _files(source / "1"):
+        target = folder / "1" / path.relative_to(source / "1")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+
+
+def _place_tokenizer(engine: Engine, out: Path) -> dict[str, str]:
+    names = [name for name in _TOKENIZER_FILES if name in engine.stamp.files]
+    if not {"tokenizer.json", "tokenizer.model"} & set(names):
+        raise ArtifactError(
+            f"{engine.path}: neither tokenizer.json nor tokenizer.model is here, so text cannot become tokens",
+            hint="Put the tokenizer's files into the model's folder, then: scalellm build --recipe RECIPE",
+        )
+    return {
+        relative: digest
+        for model in _WITH_TOKENIZER
+        for relative, digest in _place(engine, names, out, Path(model) / "1" / "tokenizer").items()
+    }
+
+
+def _place_engine(engine: Engine, out: Path) -> dict[str, str]:
+    return _place(engine, list(engine.stamp.files), out, Path(ENGINE_MODEL) / "1" / "engine")
+
+
+def _place(engine: Engine, names: list[str], out: Path, folder: Path) -> dict[str, str]:
+    """Link the engine's files into ``out/folder``; returns their digests by path in ``out``."""
+    for name in names:
+        target = out / folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        _link(engine.path / name, target)
+    return {(folder / name).as_posix(): engine.stamp.files[name].sha256 for name in names}
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link, or a copy where the file system refuses one."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _REFUSES_LINKS:
+            raise
+        shutil.copyfile(source, target)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files under a template folder, in order; what Python leaves behind is none of them."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc"
+    )
