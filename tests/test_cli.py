@@ -1,0 +1,136 @@
+"""The command line as a person meets it: help at once, mistakes explained, JSON on request."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+FIVE_MISTAKES = """\
+name: mine
+model: meta-llama/Llama-2-13b-chat-hf
+device: rtx409
+quantisation: {weights: int4}
+kv_cache:
+  dtype: int9
+limits:
+  max_batch_size: none
+  max_seq_len: -4
+"""
+
+
+def test_help_answers_in_under_300_ms(scalellm):
+    def once() -> float:
+        started = time.perf_counter()
+        assert scalellm("--help").returncode == 0
+        return time.perf_counter() - started
+
+    assert min(once() for _ in range(5)) < 0.3
+
+
+def test_help_imports_no_heavy_library():
+    code = (
+        "import sys, click; from toolchain.cli import verbs\n"
+        "heavy = {'torch', 'openvino', 'pydantic', 'numpy', 'rich', 'yaml', 'tritonclient'}\n"
+        "try: verbs.main(['--help'], standalone_mode=False)\n"
+        "finally: print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("verb", ["plan", "quantize", "build", "package", "serve", "infer", "recipes", "doctor"])
+def test_every_verb_has_help_with_an_example(scalellm, verb):
+    done = scalellm(verb, "--help")
+    assert done.returncode == 0
+    assert f"scalellm {verb}" in done.stdout.split("Example")[1]
+
+
+def test_a_mistyped_verb_is_answered_with_the_nearest(scalellm):
+    done = scalellm("biuld")
+    assert done.returncode == 2
+    assert "Did you mean 'build'?" in done.stderr
+
+
+def test_an_unknown_recipe_is_answered_with_the_nearest(scalellm):
+    done = scalellm("plan", "--recipe", "rtx4099")
+    assert done.returncode == 2
+    assert "rtx4090" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_recipe_with_five_mistakes_reports_all_five_with_their_lines(scalellm, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(FIVE_MISTAKES)
+    done = scalellm("plan", "--recipe", recipe)
+    assert done.returncode == 2
+    for line, what in ((3, "rtx4090"), (4, "quantization"), (6, "int8"), (8, "max_batch_size"), (9, "max_seq_len")):
+        assert any(f"mine.yaml:{line}: " in text and what in text for text in done.stderr.splitlines()), (
+            line,
+            done.stderr,
+        )
+
+
+def test_five_mistakes_as_json_are_five_problems(scalellm, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(FIVE_MISTAKES)
+    done = scalellm("plan", "--recipe", recipe, "--json")
+    assert done.returncode == 2
+    assert [problem["line"] for problem in json.loads(done.stdout)["problems"]] == [3, 4, 6, 8, 9]
+
+
+def test_recipes_lists_all_that_ship(scalellm):
+    done = scalellm("recipes", "--json")
+    assert {"rtx4090", "l4", "t4", "a100", "a100-x3", "h100", "cpu", "tiny"} <= set(json.loads(done.stdout))
+
+
+def test_recipes_show_prints_a_recipe_that_can_be_used(scalellm, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(scalellm("recipes", "show", "rtx4090").stdout)
+    assert scalellm("plan", "--recipe", mine, "--json").returncode == 0
+
+
+def test_schema_is_json_schema(scalellm):
+    schema = json.loads(scalellm("recipes", "schema").stdout)
+    assert schema["$schema"].startswith("https://json-schema.org/")
+    assert schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("name", ["rtx4090", "l4", "t4", "a100", "a100-x3", "h100", "cpu"])
+def test_plan_of_every_shipped_recipe_needs_neither_gpu_nor_model(scalellm, name):
+    made = json.loads(scalellm("plan", "--recipe", name, "--json").stdout)
+    assert all(decision["reason"] for decision in made["decisions"])
+    assert made["memory"]["fits"] is True
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts_name_the_command(scalellm, shell):
+    assert "_SCALELLM_COMPLETE" in scalellm("completion", shell).stdout
+
+
+def test_completion_offers_recipes(scalellm):
+    done = scalellm(_SCALELLM_COMPLETE="bash_complete", COMP_WORDS="scalellm plan --recipe rtx", COMP_CWORD="3")
+    assert "rtx4090" in done.stdout
+
+
+def test_a_model_that_is_nowhere_is_named(scalellm, tmp_path):
+    done = scalellm("build", "--recipe", "tiny", "--model", tmp_path / "absent", "--work", tmp_path)
+    assert done.returncode == 5
+    assert str(tmp_path / "absent") in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_infer_without_a_server_says_how_to_start_one(scalellm, free_ports):
+    done = scalellm("infer", "Hello", "--http-port", free_ports[0])
+    assert done.returncode == 6
+    assert "make serve" in done.stderr
+
+
+def test_doctor_looks_at_this_machine(scalellm, tmp_path):
+    findings = json.loads(scalellm("doctor", "--work", tmp_path, "--json").stdout)
+    by_name = {finding["name"]: finding for finding in findings}
+    assert by_name["python"]["ok"]
+    assert by_name["tritonserver"]["ok"], by_name["tritonserver"]

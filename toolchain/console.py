@@ -1,0 +1,200 @@
+"""What a person sees: tables, bars and explanations; or, with ``--json``, one object on standard output.
+
+Bars and notes go to standard error, so that standard output can be piped. It decides nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
+
+from toolchain.errors import RecipeError, ScalellmError
+from toolchain.plan import Plan
+from toolchain.progress import Task
+from toolchain.units import format_bytes, format_seconds
+
+_QUIET_LINE_EVERY_S = 10.0
+
+
+class Screen:
+    """Where a command writes. ``json_output`` keeps standard output for one JSON object."""
+
+    def __init__(self, *, json_output: bool = False, verbose: int = 0) -> None:
+        self.json_output = json_output
+        self.verbose = verbose
+        self.out = Console(highlight=False, soft_wrap=True)
+        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def say(self, text: str = "") -> None:
+        """One line for the person; silent with ``--json``."""
+        if not self.json_output:
+            self.out.print(text, markup=False)
+
+    def detail(self, text: str) -> None:
+        """One line for the curious, on standard error: only with ``-v``."""
+        if self.verbose:
+            self.err.print(text, markup=False, style="dim")
+
+    def note(self, text: str) -> None:
+        """``Progress.note``: one line on standard error."""
+        self.err.print(text, markup=False, style="dim")
+
+    def task(self, label: str, total: int, unit: str) -> Task:
+        """``Progress.task``: a bar on a terminal, a line now and then elsewhere."""
+        return _Bar(self.err, label, total, unit) if self.err.is_terminal else _Lines(self.err, label, total, unit)
+
+    def emit(self, value: Any) -> None:
+        """The one JSON object of ``--json``."""
+        if self.json_output:
+            json.dump(value, sys.stdout, indent=2, ensure_ascii=False, default=str)
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """A table; the first column is a name, the last may wrap."""
+        if self.json_output:
+            return
+        table = Table(
+            title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False
+        )
+        for index, column in enumerate(columns):
+            table.add_column(column, no_wrap=index < len(columns) - 1, overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        self.out.print(table)
+
+    def plan(self, plan: Plan, source: str) -> None:
+        """Every decision with its reason, the memory line by line, prices and warnings."""
+        self.table(
+            f"{plan.recipe.name}: {source} on {plan.device.title}",
+            ("decision", "value", "because"),
+            [(decision.name, str(decision.value), decision.reason) for decision in plan.decisions],
+        )
+        memory = plan.memory
+        device = "" if memory.available is None else f"of {format_bytes(memory.available)} on the device"
+        rows = [(line.name, format_bytes(line.bytes), line.how) for line in memory.lines]
+        self.say()
+        self.table("memory", ("term", "size", "how"), [*rows, ("total", format_bytes(memory.total), device)])
+        self.say(
+            f"\nFits, with {memory.max_kv_tokens} tokens of KV cache: "
+            f"{memory.sequences_at_full_length} sequences at full length per service."
+        )
+        for price in plan.prices:
+            self.say(f"price: ${price.usd_per_hour}/h {price.vendor} {price.kind} ({price.date}, {price.source})")
+        for warning in plan.warnings:
+            self.say(f"note: {warning}")
+
+    def serving(self, info: Any) -> None:
+        """Where the server can be reached, and a command to try (``stages.serve.ServingInfo``)."""
+        self.emit(vars(info))
+        self.say(f"{info.server} is ready: first token after {format_seconds(info.start_s)} (pid {info.pid}).")
+        for name, text in (
+            ("HTTP", info.http_url),
+            ("gRPC", info.grpc_url),
+            ("metrics", info.metrics_url),
+            ("log", info.log),
+        ):
+            self.say(f"  {name:<8} {text}")
+        self.say(f"Try:\n  {info.sample}\nCtrl-C stops it.")
+
+    def error(self, error: ScalellmError) -> None:
+        """The error, every problem on its own line, and the next thing to type."""
+        if self.json_output:
+            problems = [vars(problem) for problem in error.problems] if isinstance(error, RecipeError) else []
+            kind = type(error).__name__
+            self.emit({"error": kind, "message": error.message, "hint": error.hint, "problems": problems})
+            return
+        self.err.print(Text.assemble(("error: ", "bold red"), error.message))
+        if isinstance(error, RecipeError):
+            for problem in error.problems:
+                self.err.print(Text(f"  {problem}"))
+        for index, line in enumerate(error.hint.splitlines()):
+            self.err.print(Text.assemble(("  try: " if index == 0 else "       ", "bold green"), line))
+
+
+class _Bar:
+    """A live bar with percentage, amount, speed and time left."""
+
+    def __init__(self, console: Console, label: str, total: int, unit: str) -> None:
+        amount: list[ProgressColumn] = (
+            [DownloadColumn(binary_units=True), TransferSpeedColumn()]
+            if unit == "bytes"
+            else [MofNCompleteColumn(), TextColumn(unit)]
+        )
+        self._progress = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            *amount,
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._label = label
+        self._task = self._progress.add_task(label, total=total)
+
+    def advance(self, amount: int) -> None:
+        self._progress.advance(self._task, amount)
+
+    def describe(self, text: str) -> None:
+        self._progress.update(self._task, description=f"{self._label}: {text}")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+
+class _Lines:
+    """For logs and pipes: a line at the end, and one every ten seconds of longer work."""
+
+    def __init__(self, console: Console, label: str, total: int, unit: str) -> None:
+        self._console = console
+        self._label, self._total, self._unit = label, max(total, 1), unit
+        self._done, self._text = 0, ""
+        self._started = self._last = time.monotonic()
+
+    def advance(self, amount: int) -> None:
+        self._done += amount
+        now = time.monotonic()
+        if now - self._last >= _QUIET_LINE_EVERY_S:
+            self._last = now
+            left_s = (now - self._started) * (self._total - self._done) / max(self._done, 1)
+            share = 100 * self._done / self._total
+            self._console.print(f"{self._label}: {share:.0f} % {self._text}, {left_s:.0f} s left", markup=False)
+
+    def describe(self, text: str) -> None:
+        self._text = text
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._console.print(f"{self._label}: done in {time.monotonic() - self._started:.1f} s", markup=False)

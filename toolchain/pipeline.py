@@ -1,0 +1,233 @@
+"""The order of the stages, and what is stale. Nothing else knows the order.
+
+    recipe + model  ->  checkpoint (quantize)  ->  engine (build)  ->  repository (package)
+
+Each artifact lies in ``WORK/RECIPE/NAME``. Its key is the hash of its slice of the plan and of the key of what it is
+made from; same key and intact files: skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolchain import __version__, workspace
+from toolchain import checkpoint as checkpoints
+from toolchain.checkpoint import Checkpoint
+from toolchain.engine import Engine
+from toolchain.errors import ArtifactError
+from toolchain.family import LlamaConfig, published, read_config
+from toolchain.plan import Plan, make_plan
+from toolchain.progress import Progress
+from toolchain.recipe import Recipe
+from toolchain.stages import build as build_stage
+from toolchain.stages import package as package_stage
+from toolchain.stages import quantize as quantize_stage
+from toolchain.workspace import Draft, Stamp
+
+NAMES = ("checkpoint", "engine", "repository")
+"""The artifacts, in order."""
+
+STAGE_OF = {"checkpoint": "quantize", "engine": "build", "repository": "package"}
+
+
+@dataclass(frozen=True)
+class State:
+    """One artifact as it is now: whether it can be used, and if not, why."""
+
+    name: str
+    folder: Path
+    fresh: bool
+    reasons: tuple[str, ...]
+    """``("there is none yet",)``, ``("kv was int8, is fp8",)``, ``("... is truncated",)`` or, when fresh, empty."""
+
+    @property
+    def stage(self) -> str:
+        return STAGE_OF[self.name]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One artifact after a run: what was done to it and how long that took."""
+
+    state: State
+    action: str
+    """``"kept"`` or ``"made"``."""
+    seconds: float
+    key: str
+
+
+class Job:
+    """A recipe, a model and a work folder, from which the artifacts are made."""
+
+    def __init__(self, recipe: Recipe, model: str | None, work: Path, progress: Progress) -> None:
+        self.recipe = recipe
+        self.source = model or recipe.model
+        self.folder = work / recipe.name
+        self.work = work
+        self.progress = progress
+        self._model = _Model(self.source, self.folder / "checkpoint")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        self.plan: Plan = make_plan(recipe, self._model.config, host_memory_bytes=memory)
+
+    def states(self) -> list[State]:
+        """What is fresh and what is stale, without making anything. Stale inputs make stale all that follows."""
+        found, inputs_key = [], ""
+        for name in NAMES:
+            inputs = self._inputs(name, inputs_key)
+            state = _state(name, self.folder / name, inputs)
+            found.append(state)
+            inputs_key = workspace.key_of(inputs)
+        return found
+
+    def run(self, until: str, *, on_result: Callable[[Result], None] = lambda _result: None) -> list[Result]:
+        """Make every artifact up to ``until`` (one of ``NAMES``) that is not fresh.
+
+        Raises the stages' errors. Finished artifacts and journaled work stay for the next run.
+        """
+        results: list[Result] = []
+        inputs_key = ""
+        for name in NAMES[: NAMES.index(until) + 1]:
+            inputs = self._inputs(name, inputs_key)
+            state = _state(name, self.folder / name, inputs)
+            started = time.perf_counter()
+            if not state.fresh:
+                self._make(name, inputs, inputs_key)
+            inputs_key = workspace.key_of(inputs)
+            result = Result(state, "kept" if state.fresh else "made", time.perf_counter() - started, inputs_key)
+            results.append(result)
+            on_result(result)
+        return results
+
+    def _inputs(self, name: str, inputs_key: str) -> dict[str, Any]:
+        if name == "checkpoint":
+            return quantize_inputs(self.plan, self._model.fingerprint)
+        if name == "engine":
+            return build_stage.inputs(self.plan, inputs_key)
+        return package_stage.inputs(self.plan, inputs_key)
+
+    def _make(self, name: str, inputs: Mapping[str, Any], inputs_key: str) -> None:
+        if name == "engine":
+            checkpoint = self.folder / "checkpoint"
+            build_stage.refuse_if_lacking(self.plan, str(checkpoint), self._continue_elsewhere())
+        with workspace.draft(self.folder / name, name, inputs) as draft:
+            getattr(self, f"_make_{name}")(draft, inputs_key)
+            draft.commit(versions={"scalellm": __version__}, recipe=self.recipe.text)
+
+    def _make_checkpoint(self, draft: Draft, _inputs_key: str) -> None:
+        plan = self.plan
+        quantize_stage.quantize(
+            self._model.opened(),
+            draft,
+            weights=plan.weights.name,
+            group_size=plan.group_size or 128,
+            scales=plan.recipe.quantization.scales,
+            kv=plan.checkpoint_kv,
+            progress=self.progress,
+        )
+
+    def _make_engine(self, draft: Draft, inputs_key: str) -> None:
+        quantized = Checkpoint.open(self.folder / "checkpoint")
+        build_stage.build(self.plan, quantized, draft, checkpoint_key=inputs_key, progress=self.progress)
+
+    def _make_repository(self, draft: Draft, _inputs_key: str) -> None:
+        hashes = package_stage.package(Engine.open(self.folder / "engine"), draft.path)
+        for file, digest in hashes.items():
+            draft.known_hash(file, digest)
+
+    def _continue_elsewhere(self) -> str:
+        work = self.work
+        return (
+            f"rsync -a --mkpath {self.folder}/ GPU-HOST:{work}/{self.recipe.name}/   # the checkpoint and its stamp\n"
+            f"scalellm build --recipe {self.spoken} --work {work}   # there; it continues from the checkpoint"
+        )
+
+    @property
+    def spoken(self) -> str:
+        """The recipe as a person would name it on the command line: a shipped one by its name, else its path."""
+        shipped = self.recipe.path.resolve().parent == workspace.shipped("recipes").resolve()
+        return self.recipe.path.stem if shipped else str(self.recipe.path)
+
+
+class _Model:
+    """The model behind a job, opened only as far as is needed.
+
+    ``config`` comes from the model's folder; where that is not on this machine, from a quantized checkpoint that was
+    brought along, else from what is published of a model of that name. ``opened`` fetches the model if it must.
+    """
+
+    def __init__(self, source: str, quantized: Path) -> None:
+        self._source = source
+        self._quantized = quantized
+        self._opened: Checkpoint | None = None
+        self._stamp: Stamp | None = None
+        folder = checkpoints.find(source)
+        if folder is None:
+            self._stamp = workspace.current(quantized)
+        self.config: LlamaConfig = self._config(folder)
+
+    def _config(self, folder: Path | None) -> LlamaConfig:
+        folder = folder or (self._quantized if self._stamp else None)
+        known = None if folder else published(self._source)
+        if known is not None:
+            return known
+        file = (folder or checkpoints.download(self._source)) / "config.json"
+        return read_config(checkpoints.read_json(file, hint=_NAME_A_MODEL), str(file))
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the model's files; from the checkpoint's stamp where the model is not here; None where neither is."""
+        if self._stamp is not None:
+            return str(self._stamp.inputs["model"])
+        return self.opened().fingerprint if self._opened or checkpoints.find(self._source) else None
+
+    def opened(self) -> Checkpoint:
+        """The checked model, downloaded if need be."""
+        if self._stamp is not None:
+            raise ArtifactError(
+                f"{self._quantized}: must be made again, and the model it was made from is not on this machine",
+                hint=_NAME_A_MODEL,
+            )
+        if self._opened is None:
+            self._opened = Checkpoint.open(checkpoints.download(self._source))
+        return self._opened
+
+
+_NAME_A_MODEL = "Give the folder of a Hugging Face model: --model DIR"
+
+
+def quantize_inputs(plan: Plan, fingerprint: str | None) -> dict[str, Any]:
+    """What the quantized checkpoint depends on, as plain JSON."""
+    return {**plan.slice("quantize"), "quantizer_version": quantize_stage.VERSION, "model": fingerprint}
+
+
+def _state(name: str, folder: Path, inputs: Mapping[str, Any]) -> State:
+    try:
+        stamp = workspace.current(folder)
+    except ArtifactError as error:
+        return State(name, folder, False, (error.message,))
+    if stamp is None:
+        return State(name, folder, False, ("there is none yet",))
+    if stamp.key != workspace.key_of(inputs):
+        return State(name, folder, False, tuple(_readable(workspace.differences(stamp.inputs, inputs))))
+    wrong = workspace.damage(folder, stamp)
+    return State(name, folder, wrong is None, (wrong,) if wrong else ())
+
+
+_UPSTREAM = {"checkpoint": "its checkpoint changed", "engine": "its engine changed"}
+
+
+def _readable(differences: Any) -> list[str]:
+    """Hashes mean nothing to a person: say which input changed instead of from what to what."""
+    readable = []
+    for line in differences:
+        key = line.split(" was ")[0]
+        if key == "model":
+            readable.append("the model's files changed")
+        else:
+            readable.append(_UPSTREAM.get(key, line))
+    return readable
