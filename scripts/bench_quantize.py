@@ -1,0 +1,327 @@
+"""Quantize a Llama of random weights, whole, and compare it with a plain copy of the same bytes on the same disk.
+
+    python scripts/bench_quantize.py --shape 13b --runs int4-mse,int4-modelopt,fp8 --work /somewhere/with/room
+
+Makes the checkpoint on the spot (normal-like fp16 values, shards of up to 5 GB). Then, for each run: a plain copy
+(read, write, fsync, in pieces), deleted again, and `quantize` with its stamp and rename in a process of its own.
+Both start with the page cache of the model's files dropped (posix_fadvise DONTNEED; --warm leaves it alone), and both
+end with fsynced bytes. Wall time of quantize is that of its whole process, imports included. It measures; it judges
+nothing and holds no product logic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+SHAPES = {  # hidden, intermediate, layers, heads, kv heads, vocabulary
+    "13b": (5120, 13824, 40, 40, 40, 32000),
+    "7b": (4096, 11008, 32, 32, 32, 32000),
+    "1b": (2048, 5632, 22, 32, 4, 32000),
+    "tiny": (256, 768, 4, 4, 2, 2048),
+}
+RUNS = {"int4-mse": ("int4", "mse"), "int4-modelopt": ("int4", "modelopt"), "fp8": ("fp8", "modelopt")}
+PIECE = 16 * 2**20
+BLOCK = 64 * 2**20  # distinct random values: 128 MiB of fp16, read from ever new offsets
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="1b", help="which Llama to imitate (default 1b)")
+    parser.add_argument("--runs", default="int4-mse", help=f"comma-separated, of {', '.join(RUNS)}")
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--kv", default="fp16")
+    parser.add_argument("--work", type=Path, default=Path("bench-quantize"), help="where to write; removed at the end")
+    parser.add_argument("--keep", action="store_true", help="keep the random checkpoint, and use it next time")
+    parser.add_argument("--warm", action="store_true", help="do not drop the page cache before each measurement")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
+    parser.add_argument("--child", nargs=3, metavar=("MODEL", "OUT", "RUN"), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if unknown := [run for run in args.runs.split(",") if run not in RUNS]:
+        parser.error(f"unknown run {unknown[0]!r}; there are {', '.join(RUNS)}")
+    return args
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# --- the random checkpoint -------------------------------------------------------------------------------------------
+
+
+def hf_config(shape: str) -> dict[str, Any]:
+    hidden, inner, layers, heads, kv_heads, vocab = SHAPES[shape]
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "float16",
+    }
+
+
+def plan(shape: str) -> list[Any]:
+    from toolchain import family
+    from toolchain.quantizers.shards import TensorPlan, Unit, plan_shards
+
+    shapes = family.expected_tensors(family.read_config(hf_config(shape), shape))
+    units = [Unit(name, (TensorPlan(name, "F16", size),)) for name, size in shapes.items()]
+    return plan_shards(units, 5 * 10**9)
+
+
+def make(folder: Path, shape: str) -> int:
+    """Write the checkpoint, unless it is there already. -> its bytes."""
+    from toolchain.quantizers.shards import INDEX, index_document
+
+    shards = plan(shape)
+    total = sum(unit.nbytes for shard in shards for unit in shard.units)
+    if (folder / "config.json").exists():
+        say(f"{folder}: made earlier")
+        return total
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    say(f"making a {shape} checkpoint, {total / 1e9:.1f} GB")
+    write_random(folder, shards, total)
+    if len(shards) > 1:
+        (folder / INDEX).write_text(index_document({shard.file: shard.tensor_bytes for shard in shards}))
+    (folder / "config.json").write_text(json.dumps(hf_config(shape), indent=2))
+    return total
+
+
+def write_random(folder: Path, shards: list[Any], total: int) -> None:
+    import numpy as np
+
+    from toolchain.quantizers.shards import ShardWriter
+
+    random = np.random.default_rng(0)
+    block = np.concatenate(
+        [(random.standard_normal(BLOCK // 16, np.float32) * 0.02).astype(np.float16) for _ in range(16)]
+    )
+    ones = np.ones(max(size[0] for size in SHAPES.values()), np.float16)
+    done = Ticker(total)
+    with ShardWriter(folder, shards) as writer:
+        for unit in writer.units_left:
+            left = unit.nbytes // 2
+            while left:
+                count = min(left, PIECE // 2)
+                start = int(random.integers(0, BLOCK - count))
+                values = ones[:count] if "norm" in unit.name else block[start : start + count]
+                writer.put(unit.name, values.view(np.uint8))
+                done(count * 2)
+                left -= count
+            writer.end_unit()
+
+
+class Ticker:
+    """A line every ten seconds."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.said = total, 0, time.monotonic()
+
+    def __call__(self, count: int) -> None:
+        self.done += count
+        if time.monotonic() - self.said > 10:
+            self.said = time.monotonic()
+            say(f"  {self.done / self.total:4.0%}")
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+def drop_cache(files: Iterable[Path]) -> None:
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def copy(model: Path, target: Path, total: int) -> float:
+    """Seconds to read, write and fsync every file, in pieces."""
+    target.mkdir(parents=True)
+    buffer, tick, start = bytearray(PIECE), Ticker(total), time.monotonic()
+    for file in sorted(model.iterdir()):
+        with file.open("rb", buffering=0) as source, (target / file.name).open("wb", buffering=0) as sink:
+            while count := source.readinto(buffer):
+                view = memoryview(buffer)[:count]
+                while view:
+                    view = view[sink.write(view) :]
+                tick(count)
+            os.fsync(sink.fileno())
+    return time.monotonic() - start
+
+
+def child(model: str, out: str, run: str, group_size: int, kv: str) -> None:
+    """In a process of its own: quantize, commit, and print what the kernel says about this process."""
+    from toolchain import workspace
+    from toolchain.checkpoint import Checkpoint
+    from toolchain.stages.quantize import quantize
+
+    class Lines:
+        """The stage's progress as a line every ten seconds."""
+
+        def task(self, label: str, total: int, unit: str) -> Any:
+            tick = Ticker(total)
+
+            class Task:
+                def advance(self, amount: int) -> None:
+                    tick(amount)
+
+                def describe(self, text: str) -> None:
+                    pass
+
+                def __enter__(self) -> Task:
+                    return self
+
+                def __exit__(self, *_: object) -> None:
+                    pass
+
+            return Task()
+
+        def note(self, text: str) -> None:
+            say(text)
+
+    weights, scales = RUNS[run]
+    start = time.monotonic()
+    checkpoint = Checkpoint.open(Path(model))
+    with workspace.draft(Path(out), "quantize", {"run": run}) as draft:
+        quantize(checkpoint, draft, weights=weights, group_size=group_size, scales=scales, kv=kv, progress=Lines())
+        draft.commit(versions={}, recipe="")
+    print(json.dumps({"stage_s": time.monotonic() - start, **self_measured()}))
+
+
+def self_measured() -> dict[str, Any]:
+    def table(name: str) -> dict[str, int]:
+        lines = (line.split() for line in Path(f"/proc/self/{name}").read_text().splitlines())
+        return {line[0].rstrip(":"): int(line[1]) for line in lines if len(line) > 1 and line[1].isdigit()}
+
+    status, io = table("status"), table("io")
+    cpu = os.times()
+    return {
+        "peak_rss_bytes": status["VmHWM"] * 1024,
+        "read_bytes": io["read_bytes"],
+        "written_bytes": io["write_bytes"],
+        "cpu_s": cpu.user + cpu.system,
+    }
+
+
+def quantized(model: Path, out: Path, run: str, args: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--child", str(model), str(out), run]
+    command += ["--group-size", str(args.group_size), "--kv", args.kv]
+    start = time.monotonic()
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    wall_s = time.monotonic() - start
+    errors = json.loads((out / "quantization_report.json").read_text())["relative_error"].values()
+    size = sum(file.stat().st_size for file in out.iterdir())
+    return {
+        "wall_s": wall_s,
+        **json.loads(done.stdout.splitlines()[-1]),
+        "artifact_bytes": size,
+        "mean_relative_error": sum(errors) / len(errors),
+    }
+
+
+def measure(model: Path, total: int, run: str, args: argparse.Namespace) -> dict[str, Any]:
+    copied, out = args.work / "copy", args.work / f"out-{run}"
+    for folder in (copied, out):
+        shutil.rmtree(folder, ignore_errors=True)
+    prepare(model, args)
+    load = [os.getloadavg()[0]]
+    say("plain copy")
+    copy_s = copy(model, copied, total)
+    shutil.rmtree(copied)
+    prepare(model, args)
+    load.append(os.getloadavg()[0])
+    say(f"quantize, {run}")
+    row = {"run": run, "copy_s": copy_s, **quantized(model, out, run, args)}
+    load.append(os.getloadavg()[0])
+    shutil.rmtree(out)
+    row |= {"ratio": row["wall_s"] / copy_s, "load": [round(value, 2) for value in load]}
+    say(json.dumps(row))
+    return row
+
+
+def prepare(model: Path, args: argparse.Namespace) -> None:
+    os.sync()
+    if not args.warm:
+        drop_cache(model.iterdir())
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.child:
+        child(*args.child, args.group_size, args.kv)
+        return 0
+    args.work.mkdir(parents=True, exist_ok=True)
+    model = args.work / f"model-{args.shape}"
+    total = sum(unit.nbytes for shard in plan(args.shape) for unit in shard.units)
+    needed = total * (1 if (model / "config.json").exists() else 2) + 2**30
+    free = shutil.disk_usage(args.work).free
+    if free < needed:
+        say(f"{args.work}: {needed / 1e9:.0f} GB are needed here, {free / 1e9:.0f} GB are free. Name another: --work")
+        return 5
+    try:
+        make(model, args.shape)
+        rows = [measure(model, total, run, args) for run in args.runs.split(",")]
+    finally:
+        clean(args, model)
+    show(args, total, rows)
+    return 0
+
+
+def clean(args: argparse.Namespace, model: Path) -> None:
+    for path in args.work.iterdir():
+        if path.name.startswith((".out-", "out-", "copy")) or (path == model and not args.keep):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not any(args.work.iterdir()):
+        args.work.rmdir()
+
+
+def show(args: argparse.Namespace, total: int, rows: list[dict[str, Any]]) -> None:
+    cache = "as it was" if args.warm else "dropped before each measurement"
+    head = {
+        "shape": args.shape,
+        "model_bytes": total,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "page_cache": cache,
+    }
+    if args.json:
+        print(json.dumps({**head, "runs": rows}, indent=2))
+        return
+    print(f"{args.shape}, {total / 1e9:.2f} GB of fp16, {head['cores']} cores, page cache {cache}")
+    print("run             copy s  quantize s  ratio  peak RSS MiB  read GB  written GB  CPU s  rel. error  load")
+    for row in rows:
+        print(
+            f"{row['run']:15} {row['copy_s']:6.1f}  {row['wall_s']:10.1f}  {row['ratio']:5.2f}  "
+            f"{row['peak_rss_bytes'] / 2**20:12.0f}  {row['read_bytes'] / 1e9:7.2f}  "
+            f"{row['written_bytes'] / 1e9:10.2f}  {row['cpu_s']:5.0f}  {row['mean_relative_error']:10.4f}  "
+            f"{row['load']}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
