@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import SCALELLM
+from toolchain.errors import RecipeError
 from toolchain.pipeline import NAMES, Job
 from toolchain.progress import Silent
 from toolchain.recipe import load_recipe
@@ -176,3 +178,74 @@ class TestGpuRecipeOnThisMachine:
         done = scalellm("build", "--recipe", "l4", "--model", tmp_path / "gone", "--work", there)
         assert done.returncode == 4, done.stderr
         assert "checkpoint: up to date, kept" in done.stdout
+
+
+CALIBRATED = """\
+name: small
+device: cpu
+model: unused/unused
+quantization: {{weights: int4, group_size: 64, method: awq}}
+calibration: {{data: {data}, samples: 4, tokens: {tokens}}}
+limits: {{max_batch_size: 4, max_seq_len: 256}}
+"""
+
+
+class TestCalibration:
+    """The checkpoint is made again when the text changes, and the text is read only when it is made."""
+
+    @pytest.fixture
+    def text(self, tmp_path) -> Path:
+        file = tmp_path / "mine.txt"
+        file.write_text("\n\n".join(f"Paragraph {n} speaks of {n * n} apples and {n + 7} pears." for n in range(60)))
+        return file
+
+    def job(self, folder: Path, model: Path, text: Path, tokens: int = 32) -> Job:
+        recipe = folder / "small.yaml"
+        recipe.write_text(CALIBRATED.format(data=text, tokens=tokens))
+        return Job(load_recipe(str(recipe)), str(model), folder / "work", Silent())
+
+    def test_a_calibrated_checkpoint_holds_its_report_and_the_texts_digest(self, tmp_path, model, text):
+        made = self.job(tmp_path, model, text)
+        assert actions(made) == dict.fromkeys(NAMES, "made")
+        folder = made.folder / "checkpoint"
+        page = (folder / "quantization_report.html").read_text(encoding="utf-8")
+        assert "mine.txt" in page
+        assert "self_attn.q_proj" in page
+        inputs = json.loads((folder / "stamp.json").read_text())["inputs"]
+        assert inputs["method"] == "awq"
+        assert inputs["calibration"]["digest"] == hashlib.sha256(text.read_bytes()).hexdigest()
+        report = json.loads((folder / "quantization_report.json").read_text())
+        assert (report["calibration"]["samples"], report["calibration"]["tokens"]) == (4, 32)
+        assert len(report["calibration"]["layers"]) == 2
+
+    def test_another_text_or_other_settings_make_the_checkpoint_again_and_say_why(self, tmp_path, model, text):
+        self.job(tmp_path, model, text).run("checkpoint")
+        assert self.job(tmp_path, model, text).states()[0].fresh
+        longer = self.job(tmp_path, model, text, tokens=40).states()[0]
+        assert longer.reasons == ("calibration.tokens was 32, is 40",)
+        text.write_text(text.read_text() + "\n\nOne more.")
+        changed = self.job(tmp_path, model, text)
+        assert changed.states()[0].reasons == ("the text that it is calibrated on changed",)
+        assert changed.run("checkpoint")[0].action == "made"
+
+    def test_text_that_is_missing_is_refused_by_name_and_leaves_nothing(self, tmp_path, model, text):
+        text.unlink()
+        with pytest.raises(RecipeError, match=r"there is no file .*mine\.txt"):
+            self.job(tmp_path, model, text).run("checkpoint")
+        assert not list((tmp_path / "work").rglob("stamp.json"))
+
+    def test_a_checkpoint_that_was_brought_along_needs_neither_model_nor_text(self, tmp_path, model, text):
+        self.job(tmp_path, model, text).run("checkpoint")
+        text.unlink()
+        moved = self.job(tmp_path, tmp_path / "gone", text)
+        assert moved.states()[0].fresh
+        other = self.job(tmp_path, tmp_path / "gone", tmp_path / "other.txt").states()[0]
+        assert not other.fresh
+
+    def test_without_calibration_there_is_no_text_no_report_page_and_the_key_of_before(self, tmp_path, model):
+        made = job(tmp_path, model)
+        made.run("checkpoint")
+        folder = made.folder / "checkpoint"
+        assert not (folder / "quantization_report.html").exists()
+        inputs = json.loads((folder / "stamp.json").read_text())["inputs"]
+        assert set(inputs) == {"weights", "group_size", "scales", "kv", "quantizer_version", "model"}

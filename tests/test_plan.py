@@ -227,16 +227,91 @@ def test_plan_refuses_bf16_arithmetic_with_an_fp32_cache() -> None:
     assert decided(plan(text % "auto"), "precision") == "f32"
 
 
+FP8 = "device: rtx4090\nquantization: {weights: fp8}\n"
+AWQ = "device: cpu\nquantization: {weights: int4, method: awq}\n"
+
+
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "why"),
     [
-        ("device: rtx4090\nquantization: {weights: fp8}", "no input scales"),
-        ("device: a100\nquantization: {weights: int4}\nkv_cache: {dtype: int8}", "needs a static scale per layer"),
-        ("device: rtx4090\nquantization: {weights: fp8}\nkv_cache: {dtype: fp8}", "scale 1.0"),
+        (AWQ, "method awq needs each linear layer's inputs"),
+        ("device: l4\nquantization: {weights: int4, method: gptq}", "method gptq needs the second moments"),
+        (FP8, "fp8 weights needs the largest input of each linear layer"),
+        (
+            "device: a100\nquantization: {weights: int4}\nkv_cache: {dtype: int8}",
+            "int8 KV needs the largest key and value",
+        ),
+        ("device: h100\nkv_cache: {dtype: fp8}", "fp8 KV needs the largest key and value"),
+        ("device: RTX 5090\nquantization: {weights: fp8}", "fp8 weights needs"),
     ],
 )
-def test_plan_warns_that_nothing_is_calibrated_yet_on_gpus(text: str, said: str) -> None:
-    assert any("not calibrated yet" in warning and said in warning for warning in plan(text).warnings)
+def test_plan_calibrates_where_a_method_or_a_static_scale_needs_it_and_says_why(text: str, why: str) -> None:
+    made = plan(text)
+    assert made.calibrates
+    reason = next(decision.reason for decision in made.decisions if decision.name == "calibration")
+    assert why in reason
+    assert "64 rows of 256 tokens" in reason
+    assert decided(made, "calibration") == "builtin"
+    assert not any("calibrated" in warning for warning in made.warnings)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "device: cpu\nquantization: {weights: int4}\nkv_cache: {dtype: int8}",
+        "device: cpu\nquantization: {weights: fp8}",
+        "device: l4\nquantization: {weights: int4}",
+        "device: h100",
+    ],
+)
+def test_plan_calibrates_nothing_where_scales_are_made_while_running_or_not_needed(text: str) -> None:
+    made = plan(text)
+    assert not made.calibrates
+    assert decided(made, "calibration") is None
+    assert set(made.slice("quantize")) == {"weights", "group_size", "scales", "kv"}
+
+
+def test_plan_warns_where_the_recipes_calibration_does_nothing() -> None:
+    assert plan(f"{FP8}calibration: {{samples: 8}}").warnings == ()
+    for text in (
+        "device: h100\ncalibration: {samples: 8}",
+        "device: l4\nquantization: {weights: int4, propagate: clean}",
+    ):
+        assert any("nothing here is calibrated" in warning for warning in plan(text).warnings)
+
+
+def test_plan_still_warns_of_int8_kv_on_gpus() -> None:
+    made = plan("device: a100\nquantization: {weights: int4}\nkv_cache: {dtype: int8}")
+    assert any("INT8 KV is a common cause of bad text" in warning for warning in made.warnings)
+
+
+def test_plan_refuses_samples_that_are_longer_than_the_model_knows() -> None:
+    message, hint = refusal(AWQ + "calibration: {tokens: 5000}")
+    assert "calibration.tokens 5000: the model knows 4096 positions" in message
+    assert hint == "Use tokens: 4096"
+
+
+def test_checkpoint_of_a_calibrated_recipe_depends_on_how_it_is_calibrated() -> None:
+    assert plan(AWQ + "calibration: {samples: 8}").slice("quantize") == {
+        "weights": "int4",
+        "group_size": 128,
+        "scales": "mse",
+        "kv": "fp16",
+        "method": "awq",
+        "clip": False,
+        "fp8_scales": None,
+        "propagate": "clean",
+        "calibration": {"data": "builtin", "samples": 8, "tokens": 256, "chat_template": True},
+    }
+    fp8 = plan(FP8).slice("quantize")
+    assert (fp8["method"], fp8["clip"], fp8["fp8_scales"]) == (None, None, "shared")
+
+
+def test_separate_fp8_scales_change_the_checkpoint_also_where_nothing_is_calibrated() -> None:
+    text = "device: cpu\nquantization: {weights: fp8%s}"
+    shared, separate = (plan(text % extra).slice("quantize") for extra in ("", ", fp8_scales: separate"))
+    assert separate == {**shared, "fp8_scales": "separate"}
+    assert decided(plan(text % ", fp8_scales: separate"), "fp8_scales") == "separate"
 
 
 def test_plan_has_no_warning_for_a_cpu() -> None:
@@ -278,6 +353,8 @@ BASE = "device: rtx4090\nquantization: {weights: int4}\nlimits: {max_seq_len: 20
         ("quantization: {weights: int4, scales: modelopt}", {"quantize"}),
         ("quantization: {weights: int4, group_size: 64}", {"quantize", "build"}),
         ("tensorrt_llm: 1.1.0", {"build"}),
+        ("quantization: {weights: int4, method: awq}", {"quantize"}),
+        ("calibration: {samples: 32}", set()),
         ("services: 1", set()),
     ],
 )
@@ -291,7 +368,9 @@ def test_only_the_stages_whose_own_inputs_change_become_stale(change: str, stale
     changed = {
         stage
         for stage in stages
-        if any(before.slice(stage)[name] != value for name, value in after.slice(stage).items() if name not in ignore)
+        if any(
+            before.slice(stage).get(name) != value for name, value in after.slice(stage).items() if name not in ignore
+        )
     }
     assert changed == stale
 

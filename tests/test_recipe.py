@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from toolchain.device import devices
 from toolchain.errors import RecipeError
 from toolchain.problems import MarkedYaml, Name, Port, Section
-from toolchain.quantization import KV, WEIGHTS
+from toolchain.quantization import KV, METHODS, WEIGHTS
 from toolchain.recipe import Recipe, available, load_recipe, parse_recipe, schema
 from toolchain.release import backends
 
@@ -47,6 +47,9 @@ def test_smallest_recipe_has_the_documented_defaults() -> None:
     assert (recipe.kv_cache.dtype, recipe.limits.max_batch_size, recipe.services) == ("fp16", 8, 1)
     assert (recipe.serve.host, recipe.serve.http_port, recipe.serve.grpc_port) == ("127.0.0.1", 8000, 8001)
     assert recipe.backend is None
+    assert (recipe.quantization.method, recipe.quantization.clip) == ("rtn", False)
+    assert (recipe.quantization.fp8_scales, recipe.quantization.propagate) == ("shared", "clean")
+    assert recipe.calibration.model_dump() == {"data": "builtin", "samples": 64, "tokens": 256, "chat_template": True}
     assert recipe.parallel.tp == recipe.parallel.pp == 1
 
 
@@ -125,6 +128,20 @@ def test_recipe_with_five_mistakes_reports_all_five_with_their_lines(tmp_path: P
         (GOOD + "quantization: {group_size: 64}\n", "quantization.group_size: only with weights: int4"),
         (GOOD + "quantization: {weights: fp8, scales: mse}\n", "quantization.scales: only with weights: int4"),
         (GOOD + "quantization: {weights: int4, group_size: 32}\n", "32 is not one of 64, 128"),
+        (GOOD + "quantization: {weights: fp8, method: awq}\n", "quantization.method: only with weights: int4"),
+        (GOOD + "quantization: {method: rtn}\n", "quantization.method: only with weights: int4"),
+        (GOOD + "quantization: {weights: int4, method: awk}\n", "not one of rtn, awq, gptq (did you mean 'awq'?)"),
+        (GOOD + "quantization: {weights: int4, clip: true}\n", "quantization.clip: only with method: awq"),
+        (GOOD + "quantization: {weights: int4, method: gptq, clip: true}\n", "clip: only with method: awq"),
+        (GOOD + "quantization: {weights: fp8, clip: true}\n", "quantization.clip: only with weights: int4"),
+        (GOOD + "quantization: {weights: int4, method: awq, clip: 1}\n", "clip: must be true or false, not 1"),
+        (GOOD + "quantization: {weights: int4, fp8_scales: shared}\n", "fp8_scales: only with weights: fp8"),
+        (GOOD + "quantization: {propagate: clean}\n", "quantization.propagate: only with weights: fp8 or int4"),
+        (GOOD + "calibration: {data: chats.csv}\n", "'chats.csv' is not one of builtin, hf:ORG/NAME or a file"),
+        (GOOD + "calibration: {data: 'hf:'}\n", "calibration.data: 'hf:' is not one of builtin"),
+        (GOOD + "calibration: {samples: 0}\n", "calibration.samples: must be at least 1, not 0"),
+        (GOOD + "calibration: {token: 9}\n", "calibration.token: unknown key (did you mean 'tokens'?)"),
+        (GOOD + "calibration: {chat_template: 'yes'}\n", "chat_template: must be true or false, not 'yes'"),
         (GOOD + "cpu: {threads: 2}\n", "mine.yaml:3: cpu: only with device: cpu, not rtx4090"),
         (GOOD + "name: not a name\n", "name: 'not a name' may hold letters"),
         (GOOD + "name: ../../up\n", "name: '../../up' may hold letters"),
@@ -136,6 +153,11 @@ def test_recipe_with_five_mistakes_reports_all_five_with_their_lines(tmp_path: P
 )
 def test_mistake_is_told_with_its_line_and_what_was_meant(text: str, said: str) -> None:
     assert said in only(text)
+
+
+@pytest.mark.parametrize("data", ["builtin", "hf:org/name", "chats.jsonl", "~/some/Book.TXT", "/data/a.parquet"])
+def test_calibration_takes_the_built_in_set_files_and_the_hub(data: str) -> None:
+    assert parse_recipe(f"{GOOD}calibration: {{data: {data}}}", FILE).calibration.data == data
 
 
 def test_section_that_is_left_empty_keeps_its_defaults() -> None:
@@ -300,6 +322,7 @@ def test_schema_describes_every_key_and_takes_no_others() -> None:
 def test_choices_of_the_schema_are_those_of_the_facts() -> None:
     parts = schema()["$defs"]
     assert set(parts["Quantization"]["properties"]["weights"]["enum"]) == set(WEIGHTS)
+    assert set(parts["Quantization"]["properties"]["method"]["enum"]) == set(METHODS)
     assert set(parts["KvCache"]["properties"]["dtype"]["enum"]) == set(KV)
     assert set(parts["Quantization"]["properties"]["group_size"]["enum"]) == set(WEIGHTS["int4"].group_sizes)
     assert set(schema()["properties"]["backend"]["anyOf"][0]["enum"]) == set(backends())
@@ -321,6 +344,8 @@ def _values(node: dict[str, Any]) -> st.SearchStrategy[Any]:
         return st.fixed_dictionaries(required, optional=optional)
     if kind == "integer":
         return st.integers(node["minimum"], node["maximum"])
+    if kind == "boolean":
+        return st.booleans()
     if kind == "null":
         return st.none()
     if "pattern" in node:

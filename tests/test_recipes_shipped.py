@@ -76,6 +76,26 @@ def test_shipped_recipe_is_planned_as_its_name_says(
     assert (plan.release.version if plan.release else None) == release
 
 
+@pytest.mark.parametrize(
+    ("name", "method", "calibrates"),
+    [
+        ("t4", "awq", True),
+        ("a100", "awq", True),
+        ("a100-x3", "awq", True),
+        ("cpu", "awq", True),
+        ("tiny", "rtn", False),
+        ("rtx4090", "rtn", True),
+        ("l4", "rtn", True),
+        ("h100", "rtn", True),
+    ],
+)
+def test_shipped_recipe_is_calibrated_where_that_helps(name: str, method: str, calibrates: bool) -> None:
+    plan = planned(name)
+    assert plan.recipe.quantization.method == method
+    assert plan.calibrates is calibrates
+    assert plan.recipe.calibration.data == "builtin"
+
+
 def test_t4_recipe_computes_in_float16_without_fused_attention() -> None:
     plan = planned("t4")
     assert plan.dtype == "float16"

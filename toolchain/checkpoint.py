@@ -41,6 +41,11 @@ SIDE_FILES = (
 )
 """Files that travel with the weights into every later artifact, where the model has them."""
 
+KV_RANGES = "scalellm_kv_cache.safetensors"
+"""Our own file beside the layout's, which has no place for INT8 caches, written when a model is calibrated: float32
+scalars ``model.layers.{i}.self_attn.k_amax`` and ``.v_amax``, the largest |K| after rotation and |V| that were seen. An
+INT8 cache has scale amax/127, an FP8 one amax/448."""
+
 _HEADER_LIMIT = 100 * 2**20
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
@@ -110,6 +115,26 @@ class Checkpoint:
         return [self.path / name for name in SIDE_FILES if (self.path / name).is_file()]
 
     @cached_property
+    def kv_ranges(self) -> list[tuple[float, float]] | None:
+        """max |K| after rotation and max |V| of each layer, or None for a checkpoint that was not calibrated.
+
+        Raises ArtifactError when the file is damaged or belongs to another model.
+        """
+        file = self.path / KV_RANGES
+        if not file.is_file():
+            return None
+        tensors, raw = read_header(file), file.read_bytes()
+        names = [
+            f"model.layers.{layer}.self_attn.{one}_amax" for layer in range(self.config.num_layers) for one in "kv"
+        ]
+        if sorted(tensors) != sorted(names) or {(info.dtype, info.shape) for info in tensors.values()} != {("F32", ())}:
+            raise ArtifactError(f"{file}: does not hold one float32 k_amax and v_amax for each layer of this model")
+        values = [struct.unpack_from("<f", raw, tensors[name].offset)[0] for name in names]
+        if not all(0 <= value < math.inf for value in values):
+            raise ArtifactError(f"{file}: holds a range that is negative or not a number")
+        return list(zip(values[::2], values[1::2], strict=True))
+
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 over the configuration, the headers, and samples of every file (first, last and 64 places between).
 
@@ -118,6 +143,9 @@ class Checkpoint:
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
         for side in self.side_files:
             digest.update(side.name.encode() + side.read_bytes())
+        ranges = self.path / KV_RANGES
+        if ranges.is_file():
+            digest.update(ranges.read_bytes())
         for file in sorted({info.file for info in self.tensors.values()}):
             size = file.stat().st_size
             digest.update(f"{file.name}:{size}".encode())

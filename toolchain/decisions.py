@@ -14,7 +14,7 @@ from toolchain.device import Device
 from toolchain.engine import Limits
 from toolchain.errors import PlanError
 from toolchain.family import LINEARS, LlamaConfig, linear_shape
-from toolchain.quantization import KV, WEIGHTS, KvScheme, WeightScheme
+from toolchain.quantization import KV, METHODS, WEIGHTS, KvScheme, WeightScheme
 from toolchain.recipe import Recipe
 from toolchain.release import Release, backends, newest_release, pinned_release
 
@@ -135,6 +135,40 @@ def choose_release(recipe: Recipe, target: Device, backend: str, notes: Notes) -
         "container", release.container, f"ships TensorRT-LLM {release.version}; driver {release.driver} or newer"
     )
     return release
+
+
+def choose_calibration(
+    recipe: Recipe, config: LlamaConfig, weights: WeightScheme, kv: KvScheme, backend: str, notes: Notes
+) -> bool:
+    """Whether text runs through the model when its checkpoint is made, and what for; also notes how int4 is rounded."""
+    asked, given = recipe.quantization, recipe.calibration
+    needs = []
+    if weights.group_sizes:
+        method = METHODS[asked.method]
+        notes.decide("method", method.name, method.summary, method.source)
+        if asked.clip:
+            notes.decide("clip", True, "the clipping of each group is searched by the layer's output")
+        needs.append((f"method {method.name}", method.calibration))
+    if weights.name == "fp8":
+        shared = "one weight scale for q, k and v and one for gate and up: TensorRT-LLM multiplies them fused"
+        separate = "one weight scale per matrix, as ModelOpt's unified export; a TensorRT-LLM engine rounds them again"
+        notes.decide("fp8_scales", asked.fp8_scales, shared if asked.fp8_scales == "shared" else separate)
+    if backend != "openvino":
+        needs += [(f"{weights.name} weights", weights.calibration), (f"{kv.name} KV", kv.calibration)]
+    told = [f"{what} needs {measured}" for what, measured in needs if measured]
+    if not told:
+        notes.decide("calibration", None, "nothing in this checkpoint is measured on text")
+        if "calibration" in recipe.model_fields_set or "propagate" in asked.model_fields_set:
+            notes.warnings.append("nothing here is calibrated: the recipe's keys calibration and propagate do nothing")
+        return False
+    known = _positions(config)
+    if given.tokens > known:
+        notes.refuse(f"calibration.tokens {given.tokens}: the model knows {known} positions", f"Use tokens: {known}")
+    notes.decide("calibration", given.data, f"{given.samples} rows of {given.tokens} tokens; " + "; ".join(told))
+    clean = "each layer is calibrated on what the unquantized layers before it give, as ModelOpt does"
+    quantized = "each layer is calibrated on what the quantized layers before it give"
+    notes.decide("propagate", asked.propagate, clean if asked.propagate == "clean" else quantized)
+    return True
 
 
 def _precision(recipe: Recipe, notes: Notes) -> None:

@@ -8,6 +8,8 @@ made from; same key and intact files: skipped.
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -23,6 +25,7 @@ from toolchain.errors import ArtifactError
 from toolchain.family import LlamaConfig, published, read_config
 from toolchain.plan import Plan, make_plan
 from toolchain.progress import Progress
+from toolchain.quantizers import conversations, report_html, samples
 from toolchain.recipe import Recipe
 from toolchain.stages import build as build_stage
 from toolchain.stages import package as package_stage
@@ -105,7 +108,7 @@ class Job:
 
     def _inputs(self, name: str, inputs_key: str) -> dict[str, Any]:
         if name == "checkpoint":
-            return quantize_inputs(self.plan, self._model.fingerprint)
+            return quantize_inputs(self.plan, self._model.fingerprint, self._calibration_digest)
         if name == "engine":
             return build_stage.inputs(self.plan, inputs_key)
         return package_stage.inputs(self.plan, inputs_key)
@@ -119,16 +122,48 @@ class Job:
             draft.commit(versions={"scalellm": __version__}, recipe=self.recipe.text)
 
     def _make_checkpoint(self, draft: Draft, _inputs_key: str) -> None:
-        plan = self.plan
+        plan, asked, model = self.plan, self.plan.recipe.quantization, self._model.opened()
+        calibrated = plan.calibrates and model.quantization is None
         quantize_stage.quantize(
-            self._model.opened(),
+            model,
             draft,
             weights=plan.weights.name,
             group_size=plan.group_size or 128,
-            scales=plan.recipe.quantization.scales,
+            scales=asked.scales,
             kv=plan.checkpoint_kv,
             progress=self.progress,
+            method=asked.method if calibrated else "rtn",
+            clip=asked.clip,
+            fp8_scales=asked.fp8_scales,
+            propagate=asked.propagate,
+            samples=self._samples(model) if calibrated else None,
         )
+        report = draft.path / quantize_stage.REPORT
+        if calibrated and report.is_file():
+            page = report_html.render(json.loads(report.read_text(encoding="utf-8")), title=self.recipe.name)
+            workspace.write_durably(draft.path / report_html.FILE, page.encode())
+
+    def _samples(self, model: Checkpoint) -> samples.Samples:
+        """The rows of text that the model is calibrated on."""
+        given = self.recipe.calibration
+        with self.progress.task("quantize: read the calibration text", given.samples, "samples") as task:
+            found = samples.load_samples(
+                given.data,
+                model.path,
+                samples=given.samples,
+                tokens=given.tokens,
+                chat_template=given.chat_template,
+            )
+            task.advance(given.samples)
+        return found
+
+    @functools.cached_property
+    def _calibration_digest(self) -> str | None:
+        """Of the file with the text; where it is not on this machine, from the stamp of a checkpoint brought along."""
+        if not self.plan.calibrates:
+            return None
+        found = conversations.data_digest(self.recipe.calibration.data)
+        return found or self._model.calibration_digest(self.recipe.calibration.data)
 
     def _make_engine(self, draft: Draft, inputs_key: str) -> None:
         quantized = Checkpoint.open(self.folder / "checkpoint")
@@ -185,6 +220,11 @@ class _Model:
             return str(self._stamp.inputs["model"])
         return self.opened().fingerprint if self._opened or checkpoints.find(self._source) else None
 
+    def calibration_digest(self, data: str) -> str | None:
+        """Of the text that the checkpoint which was brought along was calibrated on, if that was ``data``."""
+        known = self._stamp.inputs.get("calibration") if self._stamp else None
+        return str(known["digest"]) if known and known["data"] == data and known["digest"] else None
+
     def opened(self) -> Checkpoint:
         """The checked model, downloaded if need be."""
         if self._stamp is not None:
@@ -200,9 +240,12 @@ class _Model:
 _NAME_A_MODEL = "Give the folder of a Hugging Face model: --model DIR"
 
 
-def quantize_inputs(plan: Plan, fingerprint: str | None) -> dict[str, Any]:
-    """What the quantized checkpoint depends on, as plain JSON."""
-    return {**plan.slice("quantize"), "quantizer_version": quantize_stage.VERSION, "model": fingerprint}
+def quantize_inputs(plan: Plan, fingerprint: str | None, calibration_digest: str | None = None) -> dict[str, Any]:
+    """What the quantized checkpoint depends on, as plain JSON; ``calibration_digest`` is of the file with the text."""
+    inputs = {**plan.slice("quantize"), "quantizer_version": quantize_stage.VERSION, "model": fingerprint}
+    if "calibration" in inputs:
+        inputs["calibration"] = {**inputs["calibration"], "digest": calibration_digest}
+    return inputs
 
 
 def _state(name: str, folder: Path, inputs: Mapping[str, Any]) -> State:
@@ -228,6 +271,8 @@ def _readable(differences: Any) -> list[str]:
         key = line.split(" was ")[0]
         if key == "model":
             readable.append("the model's files changed")
+        elif key == "calibration.digest":
+            readable.append("the text that it is calibrated on changed")
         else:
             readable.append(_UPSTREAM.get(key, line))
     return readable

@@ -46,6 +46,8 @@ class Plan:
     context_fmha: bool
     paged_context_fmha: bool
     """Needed for KV reuse and chunked context; only tensorrt_engine has a choice."""
+    calibrates: bool
+    """Whether making the checkpoint takes text: for a method, or for static scales of a TensorRT-LLM engine."""
     memory: MemoryPlan
     prices: tuple[Price, ...]
     decisions: tuple[Decision, ...]
@@ -64,13 +66,14 @@ class Plan:
     def slice(self, stage: str) -> dict[str, Any]:
         """The plain-JSON inputs that the key of ``quantize``, ``build`` or ``package`` depends on.
 
-        ``quantize`` has no dtype: a checkpoint keeps the model's own. ``package`` is short because its key also holds
-        the engine's, which carries the rest. Raises ValueError for another stage.
+        ``quantize`` has no dtype: a checkpoint keeps the model's own; how it is calibrated is in it only where it is.
+        ``package`` is short because its key also holds the engine's, which carries the rest. Raises ValueError for
+        another stage.
         """
         weights = {"weights": self.weights.name, "group_size": self.group_size}
         if stage == "quantize":
             scales = self.recipe.quantization.scales if self.group_size else None
-            return {**weights, "scales": scales, "kv": self.checkpoint_kv}
+            return {**weights, "scales": scales, "kv": self.checkpoint_kv, **self._how()}
         runtime = {
             "recipe": self.recipe.name,
             "backend": self.backend,
@@ -90,10 +93,25 @@ class Plan:
             return {"recipe": self.recipe.name, "services": self.services}
         raise ValueError(f"no stage {stage!r}: quantize, build or package")
 
+    def _how(self) -> dict[str, Any]:
+        """What the bits of the checkpoint depend on beyond the scheme; empty for what needs no text and no choice."""
+        asked, given = self.recipe.quantization, self.recipe.calibration
+        fp8_scales = asked.fp8_scales if self.weights.name == "fp8" else None
+        if not self.calibrates:
+            return {"fp8_scales": fp8_scales} if fp8_scales == "separate" else {}
+        return {
+            "method": asked.method if self.group_size else None,
+            "clip": asked.clip if self.group_size else None,
+            "fp8_scales": fp8_scales,
+            "propagate": asked.propagate,
+            "calibration": given.model_dump(),
+        }
+
     def to_json(self) -> dict[str, Any]:
         """The whole plan as plain JSON."""
         return {
             **self.slice("build"),
+            **self._how(),
             "model": self.recipe.model,
             "services": self.services,
             "container": self.release.container if self.release else None,
@@ -124,6 +142,7 @@ def make_plan(recipe: Recipe, config: LlamaConfig, *, host_memory_bytes: int | N
     rules.check_shapes(recipe, config, group_size, target, notes)
     memory = _memory(recipe, config, weights, kv, limits, target, notes, fused=fused, host=host_memory_bytes)
     _explain(recipe, weights, kv, target, memory, notes)
+    calibrates = rules.choose_calibration(recipe, config, weights, kv, backend, notes)
     notes.raise_if_refused(recipe.name)
     notes.warnings.extend(_warnings(recipe, weights, kv, target, backend))
     return Plan(
@@ -142,6 +161,7 @@ def make_plan(recipe: Recipe, config: LlamaConfig, *, host_memory_bytes: int | N
         services=recipe.services,
         context_fmha=fused,
         paged_context_fmha=paged,
+        calibrates=calibrates,
         memory=memory,
         prices=prices(target.name),
         decisions=tuple(notes.decisions),
@@ -246,19 +266,8 @@ def _warnings(recipe: Recipe, weights: WeightScheme, kv: KvScheme, target: Devic
     """What a user should know before building, with the source."""
     if target.is_cpu:
         return
-    if weights.name == "fp8":
-        yield (
-            "not calibrated yet: the FP8 checkpoint has no input scales, which TensorRT-LLM needs for FP8 activations. "
-            "This release writes the weights; the engine waits for calibration"
-        )
     if kv.name == "int8":
-        yield (
-            "not calibrated yet: INT8 KV needs a static scale per layer, and this release writes none. The engine "
-            "waits for calibration. INT8 KV is also a common cause of bad text (TensorRT-LLM issues 967, 453): check "
-            "quality"
-        )
-    if kv.name == "fp8":
-        yield "not calibrated yet: FP8 KV runs with scale 1.0, the value that NVIDIA ModelOpt writes for usual models"
+        yield "INT8 KV is a common cause of bad text (TensorRT-LLM issues 967, 453): check quality"
     if weights.name == "int4":
         yield "int4 weights save memory and speed up decoding, not the first token (TensorRT-LLM issues 1565, 2487)"
     if target.sm == 75 and weights.name == "int4":

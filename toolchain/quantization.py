@@ -1,4 +1,4 @@
-"""The table of quantizations: what each one is called on disk, how many bits it takes and what it needs of a device.
+"""The table of quantizations: what each is called on disk, how many bits it takes, what it needs of a device and text.
 
 Read from ``facts/quantizations.yaml``. It does not know any device or backend: ``plan`` joins the two sides.
 """
@@ -24,6 +24,8 @@ class WeightScheme:
     """Legal group sizes along the input axis, best first; empty where scales are not per group."""
     summary: str
     source: str
+    calibration: str = ""
+    """What a backend with static scales (TensorRT-LLM) needs measured; empty where nothing."""
 
     def scale_bytes(self, out_features: int, in_features: int, group_size: int) -> int:
         """Bytes of fp32 scales for one matrix [out, in]: per group for int4, one for fp8, none otherwise."""
@@ -42,6 +44,19 @@ class KvScheme:
     needs: frozenset[str]
     summary: str
     source: str
+    calibration: str = ""
+    """As of ``WeightScheme``."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How int4 weights are rounded."""
+
+    name: str
+    summary: str
+    source: str
+    calibration: str = ""
+    """What it needs measured, whatever the backend; empty where nothing."""
 
 
 def _weights() -> dict[str, WeightScheme]:
@@ -55,6 +70,7 @@ def _weights() -> dict[str, WeightScheme]:
             group_sizes=tuple(row["group_sizes"]),
             summary=row["summary"],
             source=row["source"],
+            calibration=row.get("calibration", ""),
         )
         for name, row in rows.items()
     }
@@ -70,13 +86,23 @@ def _kv() -> dict[str, KvScheme]:
             needs=frozenset(row["needs"]),
             summary=row["summary"],
             source=row["source"],
+            calibration=row.get("calibration", ""),
         )
+        for name, row in rows.items()
+    }
+
+
+def _methods() -> dict[str, Method]:
+    rows = workspace.facts("quantizations")["methods"]
+    return {
+        name: Method(name=name, **{key: row[key] for key in ("summary", "source", "calibration") if key in row})
         for name, row in rows.items()
     }
 
 
 WEIGHTS: dict[str, WeightScheme] = _weights()
 KV: dict[str, KvScheme] = _kv()
+METHODS: dict[str, Method] = _methods()
 
 
 def weights_of(quant_algo: str | None) -> WeightScheme | None:

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PrivateAttr
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr
 from pydantic_core import PydanticCustomError
 
 from toolchain import workspace
@@ -24,6 +24,8 @@ from toolchain.units import parse_bytes
 
 SUFFIXES = (".yaml", ".yml")
 SCHEMA_FILE = "recipe.schema.json"
+CALIBRATION_FILES = (".jsonl", ".txt", ".parquet")
+"""What ``calibration.data`` may end in when it names a file."""
 
 
 def _known_device(name: str) -> str:
@@ -48,6 +50,23 @@ def _size(text: str) -> str:
     if not 0 < count < 2**63:
         raise PydanticCustomError("size", "{value} is not a size; write it as 2GiB or 512MiB", {"value": repr(text)})
     return text
+
+
+def _calibration_data(text: str) -> str:
+    named = text == "builtin" or (text.startswith("hf:") and len(text) > 3)
+    if not named and not text.lower().endswith(CALIBRATION_FILES):
+        listed = f"builtin, hf:ORG/NAME or a file that ends in {', '.join(CALIBRATION_FILES)}"
+        raise PydanticCustomError("data", "{value} is not one of " + listed, {"value": repr(text)})
+    return text
+
+
+def _true_or_false(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise PydanticCustomError("switch", "must be true or false, not {value}", {"value": repr(value)[:60]})
+    return value
+
+
+Switch = Annotated[bool, BeforeValidator(_true_or_false)]
 
 
 def _offer_devices(schema: dict[str, Any]) -> None:
@@ -75,6 +94,43 @@ class Quantization(Section):
         default="mse",
         description="How int4 scales are chosen; only with int4. modelopt: amax / 7, as NVIDIA ModelOpt does. "
         "mse: the clipping of that range with the least squared error.",
+    )
+    method: Literal["rtn", "awq", "gptq"] = Field(
+        default="rtn",
+        description="How int4 weights are rounded; only with int4. rtn: each to its nearest value, no calibration. "
+        "awq: input channels that matter are scaled up first. gptq: each rounding error is made up for by the weights "
+        "that are not rounded yet. awq and gptq are calibrated.",
+    )
+    clip: Switch = Field(
+        default=False, description="Search the clipping of each group by the layer's output; only with method awq."
+    )
+    fp8_scales: Literal["shared", "separate"] = Field(
+        default="shared",
+        description="Only with fp8. shared: q, k and v have one weight scale, gate and up another, as TensorRT-LLM's "
+        "fused matrices need. separate: one per matrix, as NVIDIA ModelOpt's unified export writes them.",
+    )
+    propagate: Literal["clean", "quantized"] = Field(
+        default="clean",
+        description="What the next layer is calibrated on; only with fp8 or int4. clean: the outputs of the layers as "
+        "they were, as NVIDIA ModelOpt does. quantized: those of the quantized layers.",
+    )
+
+
+class Calibration(Section):
+    """The text on which ranges of activations are measured. Read only where something needs it: method awq or gptq,
+    and in TensorRT-LLM engines fp8 weights and int8 or fp8 caches."""
+
+    data: Annotated[Text, AfterValidator(_calibration_data)] = Field(
+        default="builtin",
+        description="builtin: the English conversations that come with scalellm. Or a file: .jsonl (a line is "
+        '{"messages": [{"role": ..., "content": ...}]} or {"text": ...}), .txt (paragraphs) or .parquet (a column '
+        "messages or text), relative to the current folder; or hf:ORG/NAME, a data set of the hub.",
+        examples=["builtin", "chats.jsonl", "hf:ORG/NAME"],
+    )
+    samples: Count = Field(default=64, description="Rows of text that run through the model.")
+    tokens: Annotated[int, Field(ge=8, le=2**20)] = Field(default=256, description="Tokens in each row.")
+    chat_template: Switch = Field(
+        default=True, description="Write conversations as the model's chat template does, and not as plain text."
     )
 
 
@@ -170,6 +226,7 @@ class Recipe(Section):
         json_schema_extra=_offer_releases,
     )
     quantization: Quantization = Field(default=Quantization(), description="How weights are stored.")
+    calibration: Calibration = Field(default=Calibration(), description="The text on which ranges are measured.")
     kv_cache: KvCache = Field(default=KvCache(), description="The cache of keys and values.")
     limits: RecipeLimits = Field(default=RecipeLimits(), description="How many sequences, and how long.")
     parallel: Parallel = Field(default=Parallel(), description="Split over several GPUs.")
@@ -263,10 +320,7 @@ def parse_recipe(text: str, path: Path) -> Recipe:
 def _contradictions(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     """Keys that are sound alone and not together. Looks at raw data: it also speaks when other keys are wrong."""
     quantization, kv, limits, serve = (_section(data, key) for key in ("quantization", "kv_cache", "limits", "serve"))
-    if quantization.get("weights", "none") in ("none", "fp8"):
-        for key in ("group_size", "scales"):
-            if key in quantization:
-                yield ("quantization", key), "only with weights: int4"
+    yield from _quantization_contradictions(quantization)
     if "max_tokens" in kv and "size" in kv:
         yield ("kv_cache", "size"), "give max_tokens or size, not both"
     longest = _whole(limits.get("max_seq_len"))
@@ -284,6 +338,28 @@ def _contradictions(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], 
     found = find_device(given) if isinstance(given, str) else None
     if found and not found.is_cpu and "cpu" in data:
         yield ("cpu",), f"only with device: cpu, not {found.name}"
+
+
+_NEEDED_WEIGHTS = {
+    "group_size": ("int4",),
+    "scales": ("int4",),
+    "method": ("int4",),
+    "clip": ("int4",),
+    "fp8_scales": ("fp8",),
+    "propagate": ("fp8", "int4"),
+}
+"""Key of ``quantization`` -> the weights that it says something about."""
+
+
+def _quantization_contradictions(quantization: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """A key that says nothing about the weights that are chosen; quiet where the choice itself is wrong."""
+    weights = quantization.get("weights", "none")
+    known = weights in ("none", "fp8", "int4")
+    for key, needed in _NEEDED_WEIGHTS.items():
+        if known and key in quantization and weights not in needed:
+            yield ("quantization", key), f"only with weights: {' or '.join(needed)}"
+        elif key == "clip" and quantization.get("clip") is True and quantization.get("method", "rtn") != "awq":
+            yield ("quantization", key), "only with method: awq"
 
 
 def _section(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:

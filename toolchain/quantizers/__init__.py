@@ -1,7 +1,9 @@
 """How weights become int4 or fp8, one matrix at a time, in memory that one matrix bounds.
 
-``int4`` and ``fp8`` hold the arithmetic, ``rows`` the threads, ``layout`` the names and documents of the unified
-Hugging Face layout, ``shards`` the files. None of them knows a recipe, a device from the fact tables, or a stage.
+``int4``, ``fp8``, ``awq`` and ``gptq`` hold the arithmetic; ``forward``, ``statistics`` and ``calibration`` tell them
+of the activations on the text of ``samples``; ``rows`` holds the threads, ``layout`` the names and documents of the
+unified Hugging Face layout, ``shards`` the files, and ``convert`` ties them together. None of them knows a recipe, a
+device from the fact tables, or a stage.
 """
 
 from __future__ import annotations
@@ -11,6 +13,9 @@ from dataclasses import dataclass
 
 SCALES = ("modelopt", "mse")
 """How int4 scales are chosen: amax/7 as NVIDIA ModelOpt does, or searched for the least squared error."""
+
+METHODS = ("rtn", "awq", "gptq")
+"""How int4 weights are rounded: to the nearest, after scaling input channels, or making up for each rounding error."""
 
 
 class NotFiniteError(ValueError):

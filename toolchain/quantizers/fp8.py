@@ -3,7 +3,7 @@
 scale = amax / 448 (448 is the largest e4m3 number: OCP OFP8 specification 1.0, 2023-12), code = e4m3(W / scale),
 rounded to nearest even. W ~= code * scale. With shared scales these are the bits of NVIDIA ModelOpt 0.47.0's
 TensorRT-LLM export. Its unified export keeps scales apart and rounds W / scale to the model's dtype before e4m3, which
-changes up to 7 % of the codes of a bfloat16 matrix by one step: we round once.
+changes up to 7 % of the codes of a bfloat16 matrix by one step: we round once, unless told to round as it does.
 """
 
 from __future__ import annotations
@@ -49,8 +49,11 @@ def scale_of(largest: Iterable[float]) -> torch.Tensor:
     return scale if scale >= _TINY else torch.tensor(1.0)
 
 
-def cast(weight: torch.Tensor, scale: torch.Tensor, workers: Workers) -> Fp8Matrix:
-    """[out, in] of any float dtype, finite, and a scale [] of at least amax/448 -> Fp8Matrix."""
+def cast(weight: torch.Tensor, scale: torch.Tensor, workers: Workers, *, twice: bool = False) -> Fp8Matrix:
+    """[out, in] of any float dtype, finite, and a scale [] of at least amax/448 -> Fp8Matrix.
+
+    ``twice`` rounds W / scale to the dtype of W before e4m3, as ModelOpt's unified export does.
+    """
     code = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
     factor = float(scale)
 
@@ -58,6 +61,8 @@ def cast(weight: torch.Tensor, scale: torch.Tensor, workers: Workers) -> Fp8Matr
         source = weight[part]
         x = scratch("x", source, torch.float32).copy_(source)
         y = torch.div(x, scale, out=scratch("y", source, torch.float32))
+        if twice:
+            y.copy_(scratch("narrow", source, weight.dtype).copy_(y))
         target = code[part].copy_(y)
         back = _decode(target, scratch, y)
         squared_norm = _sum_of_squares(x)

@@ -26,6 +26,14 @@ KV_SCALES = ("self_attn.k_proj.k_scale", "self_attn.v_proj.v_scale")
 """Dequantization factors of an fp8 KV cache, float32 scalars. ModelOpt writes amax/448 but never less than 1.0 into a
 TensorRT-LLM checkpoint, which makes it 1.0 for normal models; releases up to 0.13 use 1.0 whatever is stored."""
 
+EMBEDDINGS, HEAD = "embeddings", "head"
+"""The units before and behind the decoder layers."""
+
+UNFOLDED = ("self_attn.o_proj", "mlp.down_proj")
+"""Linears that no norm comes before: what AWQ scales there is undone by a ``pre_quant_scale`` on the activation."""
+
+_LARGEST_E4M3 = 448.0
+
 HF_QUANT_CONFIG = "hf_quant_config.json"
 
 
@@ -41,6 +49,21 @@ class Scheme:
     """int4 only: ``"modelopt"`` or ``"mse"``."""
     kv: str
     """A key of ``quantization.KV``."""
+    method: str = "rtn"
+    """int4 only: ``"rtn"``, ``"awq"`` or ``"gptq"``; the last two need calibration."""
+    clip: bool = False
+    """awq only: search for a narrower range of each group as well."""
+    fp8_scales: str = "shared"
+    """fp8 only: ``"shared"`` by the matrices that read one input, or ``"separate"`` as ModelOpt's unified export."""
+    propagate: str = "clean"
+    """What the next layer's statistics see: the output of the ``"clean"`` layer or of the ``"quantized"`` one."""
+    calibrated: bool = False
+    """Whether activations were observed: fp8 then has input scales, and the ranges of K and V are known."""
+
+    @property
+    def smoothed(self) -> bool:
+        """Whether input channels are scaled: folded into the norms, or a ``pre_quant_scale`` where there is none."""
+        return self.weights == "int4" and self.method == "awq"
 
 
 def units(config: LlamaConfig, dtype_of: Callable[[str], str], scheme: Scheme) -> list[Unit]:
@@ -57,15 +80,21 @@ def units(config: LlamaConfig, dtype_of: Callable[[str], str], scheme: Scheme) -
         Unit(
             layer_name(layer),
             copied(*norm_names(layer))
-            + tuple(tensor for linear in family.LINEARS for tensor in linear_tensors(config, layer, linear, scheme))
+            + tuple(
+                tensor
+                for linear in family.LINEARS
+                for tensor in linear_tensors(
+                    config, layer, linear, scheme, dtype_of(f"{family.linear_name(layer, linear)}.weight")
+                )
+            )
             + kv_tensors(layer, scheme.kv),
         )
         for layer in range(config.num_layers)
     ]
     return [
-        Unit("embeddings", copied("model.embed_tokens.weight")),
+        Unit(EMBEDDINGS, copied("model.embed_tokens.weight")),
         *layers,
-        Unit("head", copied("model.norm.weight", "lm_head.weight")),
+        Unit(HEAD, copied("model.norm.weight", "lm_head.weight")),
     ]
 
 
@@ -89,19 +118,27 @@ def norm_names(layer: int) -> list[str]:
     return [f"model.layers.{layer}.{norm}.weight" for norm in family.NORMS]
 
 
-def linear_tensors(config: LlamaConfig, layer: int, linear: str, scheme: Scheme) -> tuple[TensorPlan, ...]:
-    """int4: weight U8 [out/2, in], weight_scale F32 [out, in/group]. fp8: weight F8_E4M3 [out, in], scale F32 []."""
+def linear_tensors(config: LlamaConfig, layer: int, linear: str, scheme: Scheme, dtype: str) -> tuple[TensorPlan, ...]:
+    """int4: weight U8 [out/2, in], weight_scale F32 [out, in/group], for awq a pre_quant_scale [in] where ``UNFOLDED``.
+
+    fp8: weight F8_E4M3 [out, in], weight_scale F32 [] and, where calibrated, input_scale F32 [].
+    ``dtype`` is the model's.
+    """
     rows, columns = family.linear_shape(config, linear)
     name = family.linear_name(layer, linear)
     if scheme.weights == "fp8":
-        return (
+        eight = (
             TensorPlan(f"{name}.weight", "F8_E4M3", (rows, columns)),
             TensorPlan(f"{name}.weight_scale", "F32", ()),
         )
-    return (
+        return (*eight, TensorPlan(f"{name}.input_scale", "F32", ())) if scheme.calibrated else eight
+    four = (
         TensorPlan(f"{name}.weight", "U8", (rows // 2, columns)),
         TensorPlan(f"{name}.weight_scale", "F32", (rows, columns // scheme.group_size)),
     )
+    if scheme.smoothed and linear in UNFOLDED:
+        return (*four, TensorPlan(f"{name}.pre_quant_scale", dtype, (columns,)))
+    return four
 
 
 def kv_tensors(layer: int, kv: str) -> tuple[TensorPlan, ...]:
@@ -109,6 +146,24 @@ def kv_tensors(layer: int, kv: str) -> tuple[TensorPlan, ...]:
     if kv != "fp8":
         return ()
     return tuple(TensorPlan(f"model.layers.{layer}.{name}", "F32", ()) for name in KV_SCALES)
+
+
+def kv_ranges(layer: int) -> tuple[tuple[str, str], tuple[str, str]]:
+    """The tensors of ``KV_RANGES``, and what the journal calls them."""
+    prefix = f"model.layers.{layer}.self_attn"
+    return (f"{prefix}.k_amax", "k_amax"), (f"{prefix}.v_amax", "v_amax")
+
+
+def kv_scales(scheme: Scheme, amaxes: tuple[float, float] | None) -> tuple[float, float]:
+    """max |K| and max |V|, or None where nothing was observed -> the dequantization factors of an fp8 cache.
+
+    amax / 448, and like ModelOpt's TensorRT-LLM export never less than 1.0, unless its unified export is reproduced.
+    """
+    if amaxes is None:
+        return 1.0, 1.0
+    least = 0.0 if scheme.fp8_scales == "separate" else 1.0
+    key, value = (max(least, amax / _LARGEST_E4M3) or 1.0 for amax in amaxes)
+    return key, value
 
 
 def kv_algo(kv: str) -> str | None:
@@ -122,21 +177,27 @@ def hf_quant_config(scheme: Scheme) -> dict[str, Any]:
     quantization: dict[str, Any] = {"quant_algo": weights.quant_algo, "kv_cache_quant_algo": kv_algo(scheme.kv)}
     if weights.group_sizes:
         # W4A16_AWQ carries plain group-wise int4 as well: without smoothing there is no pre_quant_scale.
-        quantization |= {"group_size": scheme.group_size, "has_zero_point": False, "pre_quant_scale": False}
+        smoothed = scheme.smoothed
+        quantization |= {"group_size": scheme.group_size, "has_zero_point": False, "pre_quant_scale": smoothed}
     if weights.quant_algo:
         quantization["exclude_modules"] = list(EXCLUDED)
     producer = {"name": "scalellm", "version": toolchain.__version__}
     return {"producer": producer, "quantization": quantization}
 
 
-def quantization_config(document: dict[str, Any]) -> dict[str, Any]:
-    """``hf_quant_config.json`` -> the object ``quantization_config`` of ``config.json``."""
+def quantization_config(document: dict[str, Any], *, static_inputs: bool) -> dict[str, Any]:
+    """``hf_quant_config.json`` -> the object ``quantization_config`` of ``config.json``.
+
+    ``static_inputs``: whether fp8 linears come with an ``input_scale``, as they always do from ModelOpt.
+    """
     quantization = document["quantization"]
     found: dict[str, Any] = {}
     if quantization["quant_algo"] == "FP8":
         number = {"num_bits": 8, "type": "float"}
-        # ModelOpt says "dynamic": False for activations because it stores an input_scale, and we store none.
-        groups = {"input_activations": {"dynamic": True, **number}, "weights": {"dynamic": False, **number}}
+        groups = {
+            "input_activations": {"dynamic": not static_inputs, **number},
+            "weights": {"dynamic": False, **number},
+        }
         found["config_groups"] = {"group_0": {**groups, "targets": ["Linear"]}}
     found["ignore"] = list(quantization.get("exclude_modules", ()))
     if quantization["quant_algo"]:

@@ -110,6 +110,12 @@ def index_document(files: Mapping[str, Mapping[str, int]]) -> str:
     return json.dumps(document, indent=2) + "\n"
 
 
+def scalars(values: Mapping[str, float]) -> bytes:
+    """Name -> number: a whole safetensors file of float32 scalars, in that order."""
+    unit = Unit("scalars", tuple(TensorPlan(name, "F32", ()) for name in values))
+    return Shard("", (unit,)).header + np.array(list(values.values()), "<f4").tobytes()
+
+
 class ShardWriter:
     """Writes the units of ``shards`` in order into ``folder``; a context.
 

@@ -12,7 +12,13 @@ from toolchain.checkpoint import Checkpoint
 from toolchain.errors import ArtifactError
 from toolchain.quantizers.shards import Bytes
 
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
+}
 _PIECE_BYTES = 16 * 2**20
 
 

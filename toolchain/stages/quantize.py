@@ -14,20 +14,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from toolchain import family, workspace
-from toolchain.checkpoint import Checkpoint, read_json
+from toolchain.checkpoint import KV_RANGES, Checkpoint, read_json
 from toolchain.errors import ArtifactError, PlanError
-from toolchain.progress import Progress, Task
+from toolchain.progress import Progress
 from toolchain.quantization import WEIGHTS
-from toolchain.quantizers import SCALES, layout, shards
+from toolchain.quantizers import METHODS, SCALES, layout, report, shards
 from toolchain.quantizers.layout import Scheme
 from toolchain.quantizers.shards import Shard, ShardWriter, Unit
 from toolchain.units import GIB, format_bytes
 
 if TYPE_CHECKING:
-    from toolchain.quantizers.rows import Workers
+    from toolchain.quantizers.calibration import Calibration
+    from toolchain.quantizers.samples import Samples
     from toolchain.quantizers.source import Source
 
 VERSION = "1"
@@ -36,7 +35,6 @@ VERSION = "1"
 REPORT = "quantization_report.json"
 MAX_SHARD_BYTES = 4 * GIB
 _ROOM_FOR_DOCUMENTS = 2**20
-_ONE = np.frombuffer(np.float32(1.0).tobytes(), np.uint8)
 
 
 def quantize(
@@ -48,9 +46,18 @@ def quantize(
     scales: str,
     kv: str,
     progress: Progress,
+    method: str = "rtn",
+    clip: bool = False,
+    fp8_scales: str = "shared",
+    propagate: str = "clean",
+    samples: Samples | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Fill ``draft`` with the quantized checkpoint; the caller commits it.
+
+    Without ``samples`` nothing is calibrated: ``method`` must be "rtn", and fp8 gets no input scales. With them every
+    layer is run on them first: see ``layout.Scheme`` for the words. The ranges of K and V then come along in
+    ``scalellm_kv_cache.safetensors``.
 
     ``weights`` is a key of ``quantization.WEIGHTS``, ``kv`` one of ``quantization.KV``; ``group_size`` and ``scales``
     ("modelopt": amax/7, "mse": searched) matter for int4 only. Writes the shards and their index, ``config.json``,
@@ -60,12 +67,12 @@ def quantize(
     Raises PlanError when the scheme does not fit the model; ArtifactError for NaN or infinity in the weights, naming
     tensor and file, and for too little room. An OSError of the disk is left to ``workspace.draft``.
     """
-    scheme = Scheme(weights, group_size, scales, kv)
+    scheme = Scheme(weights, group_size, scales, kv, method, clip, fp8_scales, propagate, samples is not None)
     check(checkpoint, scheme)
     if weights == "none" or checkpoint.quantization:
-        _keep(checkpoint, draft, scheme, progress)
+        _keep(checkpoint, draft, scheme, samples, progress)
     else:
-        _convert(checkpoint, draft, scheme, max_shard_bytes, progress)
+        _convert(checkpoint, draft, scheme, samples, max_shard_bytes, progress)
     for side in checkpoint.side_files:
         workspace.write_durably(draft.path / side.name, side.read_bytes())
 
@@ -82,6 +89,10 @@ def check(checkpoint: Checkpoint, scheme: Scheme) -> None:
         )
     if group_size is None:
         return
+    if scheme.method not in METHODS:
+        raise PlanError(f"method: {scheme.method!r} is not one of {', '.join(METHODS)}")
+    if scheme.method != "rtn" and not scheme.calibrated:
+        raise PlanError(f"method: {scheme.method} needs text to calibrate on", hint="calibration: {data: builtin}")
     if scheme.scales not in SCALES:
         raise PlanError(f"scales: {scheme.scales!r} is not one of {', '.join(SCALES)}")
     if group_size not in wanted.group_sizes:
@@ -97,87 +108,95 @@ def check(checkpoint: Checkpoint, scheme: Scheme) -> None:
 
 
 def _convert(
-    checkpoint: Checkpoint, draft: workspace.Draft, scheme: Scheme, max_shard_bytes: int, progress: Progress
+    checkpoint: Checkpoint,
+    draft: workspace.Draft,
+    scheme: Scheme,
+    samples: Samples | None,
+    max_shard_bytes: int,
+    progress: Progress,
 ) -> None:
+    from toolchain.quantizers.calibration import Calibration
+    from toolchain.quantizers.source import Source
+
     units = layout.units(checkpoint.config, lambda name: checkpoint.tensors[name].dtype, scheme)
     plan = shards.plan_shards(units, max_shard_bytes)
-    with _open_writer(draft, plan, progress) as writer:
+    source = Source(checkpoint)
+    calibration = Calibration(source, samples, draft.path) if samples else None
+    with _open_writer(draft, plan, calibration, progress) as writer:
         if writer.finished:
             progress.note(f"quantize: resumed at {_title(checkpoint, writer.units_left)}")
+        entries = list(writer.finished)
         side_bytes = sum(side.stat().st_size for side in checkpoint.side_files)
-        _check_room(draft, sum(unit.nbytes for unit in writer.units_left) + side_bytes)
-        errors = {name: error for entry in writer.finished for name, error in entry["errors"].items()}
-        errors |= _write_units(checkpoint, units, scheme, writer, progress)
+        needed = sum(unit.nbytes for unit in writer.units_left) + side_bytes
+        _check_room(draft, needed + (calibration.nbytes if calibration and writer.units_left else 0))
+        entries += _write_units(source, units, scheme, writer, calibration, progress)
+    if calibration and samples:
+        calibration.close()
+        _write_kv_ranges(draft, [entry["calibration"] for entry in entries if "calibration" in entry])
     for file, digest in writer.hashes.items():
         draft.known_hash(file, digest)
     if len(plan) > 1:
         _write_index(draft, {shard.file: shard.tensor_bytes for shard in plan})
-    _write_documents(checkpoint, draft, layout.hf_quant_config(scheme))
-    _write_report(draft, scheme, errors)
+    _write_documents(checkpoint, draft, layout.hf_quant_config(scheme), static_inputs=scheme.calibrated)
+    workspace.write_durably(draft.path / REPORT, _json(report.document(scheme, entries, samples)))
 
 
-def _open_writer(draft: workspace.Draft, plan: Sequence[Shard], progress: Progress) -> ShardWriter:
-    """The writer, after the bytes that an interrupted run left have been checked."""
+def _open_writer(
+    draft: workspace.Draft, plan: Sequence[Shard], calibration: Calibration | None, progress: Progress
+) -> ShardWriter:
+    """The writer, after what an interrupted run left has been checked: bytes and, where calibrated, hidden states."""
+
+    def record(entry: Mapping[str, Any]) -> None:
+        draft.record(entry)
+        if calibration:
+            calibration.recorded(entry)
+
     journal = draft.journal()
-    to_check = sum({entry["file"]: entry["end"] for entry in journal}.values())
+    to_check = sum({entry["file"]: entry["end"] for entry in journal if "file" in entry}.values())
     if not to_check:
-        return ShardWriter(draft.path, plan, record=draft.record)
+        return ShardWriter(draft.path, plan, record=record)
     with progress.task("quantize: check the finished layers", to_check, "bytes") as task:
-        return ShardWriter(draft.path, plan, journal, draft.record, task.advance)
+        writer = ShardWriter(draft.path, plan, journal, record, task.advance)
+    if not calibration or not writer.finished or calibration.can_continue(writer.finished):
+        return writer
+    with writer:
+        progress.note("quantize: the calibration's hidden states are lost, so it begins again")
+    return ShardWriter(draft.path, plan, record=record)
 
 
 def _write_units(
-    checkpoint: Checkpoint, units: Sequence[Unit], scheme: Scheme, writer: ShardWriter, progress: Progress
-) -> dict[str, float]:
-    """Write what is left of ``units``. -> the relative error of each matrix."""
+    source: Source,
+    units: Sequence[Unit],
+    scheme: Scheme,
+    writer: ShardWriter,
+    calibration: Calibration | None,
+    progress: Progress,
+) -> list[Mapping[str, Any]]:
+    """Write what is left of ``units``. -> what the journal got for them."""
+    from toolchain.quantizers.convert import Converter
     from toolchain.quantizers.rows import Workers
-    from toolchain.quantizers.source import Source
 
-    source = Source(checkpoint)
+    checkpoint = source.checkpoint
     inputs = [[tensor.name for tensor in unit.tensors if tensor.name in checkpoint.tensors] for unit in units]
     sizes = [sum(checkpoint.tensors[name].nbytes for name in names) for names in inputs]
     done = len(writer.finished)
-    errors: dict[str, float] = {}
+    entries: list[Mapping[str, Any]] = []
     with progress.task("quantize", sum(sizes), "bytes") as task, Workers() as workers:
         task.advance(sum(sizes[:done]))
+        convert = Converter(source, scheme, writer, workers, task.advance, calibration)
         for place in range(done, len(units)):
             task.describe(_title(checkpoint, units[place:]))
             source.read_ahead(name for names in inputs[place : place + 2] for name in names)
-            found = _write_unit(source, units[place], scheme, writer, task, workers)
-            writer.end_unit(errors=found)
-            errors |= found
-    return errors
+            entries.append(convert.write(units[place]))
+    return entries
 
 
-def _write_unit(
-    source: Source, unit: Unit, scheme: Scheme, writer: ShardWriter, task: Task, workers: Workers
-) -> dict[str, float]:
-    from toolchain.quantizers.layer import quantize_layer
-    from toolchain.quantizers.source import as_bytes
-
-    layer = layout.layer_of(unit.name)
-    errors = {}
-    for name in layout.copied_names(unit):
-        for piece in source.pieces(name):
-            writer.put(name, piece)
-            task.advance(piece.nbytes)
-    if layer is None:
-        return {}
-    for matrix in quantize_layer(source, layer, scheme, workers):
-        for suffix, tensor in matrix.tensors.items():
-            writer.put(f"{matrix.name}.{suffix}", as_bytes(tensor))
-        errors[matrix.name] = matrix.error.relative
-        task.advance(matrix.source_bytes)
-    for scale in layout.kv_tensors(layer, scheme.kv):
-        writer.put(scale.name, _ONE)
-    return errors
-
-
-def _keep(checkpoint: Checkpoint, draft: workspace.Draft, scheme: Scheme, progress: Progress) -> None:
+def _keep(
+    checkpoint: Checkpoint, draft: workspace.Draft, scheme: Scheme, samples: Samples | None, progress: Progress
+) -> None:
     """The weights as they are, by hard links where the file system can; fp8 KV scales come in a shard of their own."""
-    config = checkpoint.config
-    scales = [tensor for layer in range(config.num_layers) for tensor in layout.kv_tensors(layer, scheme.kv)]
-    scales = [tensor for tensor in scales if tensor.name not in checkpoint.tensors]
+    ranges = _observe_kv(checkpoint, draft, samples, progress) if samples and scheme.kv != "fp16" else []
+    scales = _kept_scales(checkpoint, scheme, ranges)
     files = sorted({info.file for info in checkpoint.tensors.values()})
     count = len(files) + bool(scales)
     names = {file: shards.file_name(place, count) for place, file in enumerate(files)}
@@ -190,19 +209,46 @@ def _keep(checkpoint: Checkpoint, draft: workspace.Draft, scheme: Scheme, progre
     for info in checkpoint.tensors.values():
         tensor_bytes[names[info.file]][info.name] = info.nbytes
     if scales:
-        shard = Shard(shards.file_name(count - 1, count), (Unit("kv scales", tuple(scales)),))
-        with ShardWriter(draft.path, [shard]) as writer:
-            for tensor in scales:
-                writer.put(tensor.name, _ONE)
-            writer.end_unit()
-        tensor_bytes[shard.file] = shard.tensor_bytes
+        file_name = shards.file_name(count - 1, count)
+        workspace.write_durably(draft.path / file_name, shards.scalars(scales))
+        tensor_bytes[file_name] = dict.fromkeys(scales, 4)
     if count > 1:
         _write_index(draft, tensor_bytes)
     document = layout.hf_quant_config(scheme)
     if checkpoint.quantization:
         document = read_json(checkpoint.path / layout.HF_QUANT_CONFIG)
         document["quantization"]["kv_cache_quant_algo"] = layout.kv_algo(scheme.kv)
-    _write_documents(checkpoint, draft, document)
+    static_inputs = any(name.endswith(".input_scale") for name in checkpoint.tensors)
+    _write_documents(checkpoint, draft, document, static_inputs=static_inputs)
+    if ranges:
+        _write_kv_ranges(draft, ranges)
+        seen = [{"calibration": layer} for layer in ranges]
+        workspace.write_durably(draft.path / REPORT, _json(report.document(scheme, seen, samples)))
+    elif checkpoint.kv_ranges:
+        workspace.write_durably(draft.path / KV_RANGES, (checkpoint.path / KV_RANGES).read_bytes())
+
+
+def _observe_kv(
+    checkpoint: Checkpoint, draft: workspace.Draft, samples: Samples, progress: Progress
+) -> list[dict[str, Any]]:
+    """The ranges of K and V of each layer of a checkpoint whose weights stay as they are."""
+    from toolchain.quantizers.calibration import Calibration, observe_kv
+    from toolchain.quantizers.source import Source
+
+    calibration, layers = Calibration(Source(checkpoint), samples, draft.path), checkpoint.config.num_layers
+    _check_room(draft, calibration.nbytes)
+    with progress.task("quantize: observe keys and values", layers, "layers") as task:
+        return observe_kv(calibration, layers, draft.journal(), draft.record, task.advance)
+
+
+def _kept_scales(checkpoint: Checkpoint, scheme: Scheme, ranges: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The fp8 KV scales that the checkpoint lacks."""
+    found: dict[str, float] = {}
+    for layer in range(checkpoint.config.num_layers):
+        amaxes = (ranges[layer]["k_amax"], ranges[layer]["v_amax"]) if ranges else None
+        plans = layout.kv_tensors(layer, scheme.kv)
+        found |= dict(zip((plan.name for plan in plans), layout.kv_scales(scheme, amaxes), strict=False))
+    return {name: scale for name, scale in found.items() if name not in checkpoint.tensors}
 
 
 def _link(file: Path, target: Path, draft: workspace.Draft) -> None:
@@ -217,12 +263,15 @@ def _link(file: Path, target: Path, draft: workspace.Draft) -> None:
         shutil.copyfile(file, target)
 
 
-def _write_documents(checkpoint: Checkpoint, draft: workspace.Draft, document: dict[str, Any]) -> None:
+def _write_documents(
+    checkpoint: Checkpoint, draft: workspace.Draft, document: dict[str, Any], *, static_inputs: bool
+) -> None:
     """``config.json`` (every key of the model's, and ``quantization_config``) and ``hf_quant_config.json``."""
     config = read_json(checkpoint.path / "config.json")
+    config.pop("quantization_config", None)
     quantization = document["quantization"]
     if quantization["quant_algo"] or quantization["kv_cache_quant_algo"]:
-        config["quantization_config"] = layout.quantization_config(document)
+        config["quantization_config"] = layout.quantization_config(document, static_inputs=static_inputs)
         workspace.write_durably(draft.path / layout.HF_QUANT_CONFIG, _json(document))
     workspace.write_durably(draft.path / "config.json", _json(config))
 
@@ -231,12 +280,10 @@ def _write_index(draft: workspace.Draft, tensor_bytes: Mapping[str, Mapping[str,
     workspace.write_durably(draft.path / shards.INDEX, shards.index_document(tensor_bytes).encode())
 
 
-def _write_report(draft: workspace.Draft, scheme: Scheme, errors: Mapping[str, float]) -> None:
-    """||W' - W|| / ||W|| of each matrix, W' being what the stored codes and scales stand for."""
-    how = {"group_size": scheme.group_size, "scales": scheme.scales} if WEIGHTS[scheme.weights].group_sizes else {}
-    worst = sorted(errors, key=lambda name: errors[name], reverse=True)[:10]
-    report = {"weights": scheme.weights, **how, "worst": worst, "relative_error": dict(errors)}
-    workspace.write_durably(draft.path / REPORT, _json(report))
+def _write_kv_ranges(draft: workspace.Draft, layers: Sequence[Mapping[str, Any]]) -> None:
+    """``scalellm_kv_cache.safetensors``: max |K| after rotation and max |V| of each layer."""
+    ranges = {name: layers[place][key] for place in range(len(layers)) for name, key in layout.kv_ranges(place)}
+    workspace.write_durably(draft.path / KV_RANGES, shards.scalars(ranges))
 
 
 def _json(document: Mapping[str, Any]) -> bytes:

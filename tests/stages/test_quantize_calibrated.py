@@ -1,0 +1,410 @@
+"""quantize with calibration, on real small checkpoints: what is written, whether it is better, what kill -9 costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.quantizers.calibrated import hooked, load, random_samples
+from tests.stages.test_quantize import Listening, digests, run, tensors_of
+from toolchain import family, workspace
+from toolchain.checkpoint import KV_RANGES, Checkpoint
+from toolchain.errors import ArtifactError, PlanError
+from toolchain.progress import Silent
+from toolchain.quantizers.layer import restore
+from toolchain.quantizers.samples import Samples
+from toolchain.stages.quantize import REPORT, quantize
+
+SAMPLES = random_samples(24, 48)
+INT4 = {"weights": "int4", "group_size": 64, "scales": "mse", "kv": "fp16"}
+FP8 = {"weights": "fp8", "group_size": 128, "scales": "mse", "kv": "fp8"}
+WAYS = {
+    "awq": {**INT4, "method": "awq"},
+    "awq-clip-quantized": {**INT4, "method": "awq", "clip": True, "propagate": "quantized"},
+    "gptq": {**INT4, "method": "gptq"},
+    "fp8": FP8,
+}
+
+
+def calibrate(
+    model: Path, target: Path, progress: Silent | None = None, samples: Samples | None = SAMPLES, **choices: Any
+) -> Path:
+    shards = choices.pop("max_shard_bytes", 2**30)
+    digest = samples.digest if samples else None
+    with workspace.draft(target, "quantize", {"model": str(model), "samples": digest, **choices}) as draft:
+        quantize(
+            Checkpoint.open(model),
+            draft,
+            progress=progress or Silent(),
+            samples=samples,
+            max_shard_bytes=shards,
+            **choices,
+        )
+        draft.commit(versions={}, recipe="")
+    return target
+
+
+def rewritten(model: Path, target: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
+    """A copy of a model with other values in its tensors."""
+    shutil.copytree(model, target)
+    for file in target.glob("*.safetensors"):
+        save_file({name: change(name, tensor).contiguous() for name, tensor in load_file(file).items()}, file)
+    return target
+
+
+@pytest.fixture(params=["bfloat16", "float16"])
+def outlying(request: pytest.FixtureRequest, random_llama: Callable[..., Path], tmp_path: Path) -> Path:
+    """A model whose activations differ much between channels, as those of trained models do."""
+    generator = torch.Generator().manual_seed(5)
+
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if "norm" in name:
+            return torch.randn(tensor.shape, generator=generator).exp().to(tensor.dtype)
+        return tensor * 3 if "proj" in name else tensor
+
+    return rewritten(random_llama(dtype=request.param), tmp_path / "outlying", change)
+
+
+def logits_of(made: Path, model: Path, ids: torch.Tensor) -> torch.Tensor:
+    """transformers' model with the weights that the written tensors stand for, in float32: folded norms, unfolded
+    pre_quant_scales and all, by the format's rules alone."""
+    written, restored = tensors_of(made), {}
+    for name, tensor in written.items():
+        if name.endswith("proj.weight"):
+            prefix = name.removesuffix("weight")
+            weight = tensor.float() if tensor.dtype != torch.uint8 else nibbles(tensor)
+            scale = written[f"{prefix}weight_scale"]
+            groups = scale.shape[1] if scale.ndim else 1
+            weight = (weight.view(len(weight), groups, -1) * scale.view(*scale.shape, 1)).flatten(1)
+            restored[name] = weight * written.get(f"{prefix}pre_quant_scale", torch.tensor(1.0)).float()
+        elif name.endswith(".weight"):
+            restored[name] = tensor.float()
+    plain = load(model, torch.float32)
+    plain.load_state_dict(restored, strict=True)
+    with torch.no_grad():
+        found: torch.Tensor = plain(ids.long()).logits
+    return found
+
+
+def nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """Low nibble: row 2r, high nibble: row 2r + 1, two's complement."""
+    both = torch.stack((packed & 15, packed >> 4), 1).flatten(0, 1).to(torch.int8)
+    return torch.where(both > 7, both - 16, both).float()
+
+
+# --- what it writes --------------------------------------------------------------------------------------------------
+
+
+def test_awq_and_gptq_give_logits_nearer_to_the_models_than_plain_rounding(outlying: Path, tmp_path: Path) -> None:
+    ids = torch.from_numpy(random_samples(8, 64, seed=99).token_ids)
+    with torch.no_grad():
+        exact = load(outlying, torch.float32)(ids.long()).logits
+    plain = run(outlying, tmp_path / "rtn", **INT4)
+    errors = {"rtn": float((logits_of(plain, outlying, ids) - exact).norm() / exact.norm())}
+    for name, way in WAYS.items():
+        made = calibrate(outlying, tmp_path / name, **way)
+        errors[name] = float((logits_of(made, outlying, ids) - exact).norm() / exact.norm())
+    assert all(errors[name] < errors["rtn"] for name in WAYS), errors
+    assert errors["fp8"] < errors["gptq"], errors
+
+
+def test_awq_keeps_what_the_unrounded_layer_computes(outlying: Path, tmp_path: Path) -> None:
+    """Scales that are folded away leave W x as it is: the inputs of the matrices times the stored weights, before and
+    after, differ by int4's rounding alone, which the report states."""
+    made = calibrate(outlying, tmp_path / "out", **WAYS["awq"])
+    source, written = tensors_of(outlying), tensors_of(made)
+    changed = {
+        name for name in source if name in written and "norm" in name and not torch.equal(source[name], written[name])
+    }
+    report = json.loads((made / REPORT).read_text())
+    layers = report["calibration"]["layers"]
+    assert [layer["layer"] for layer in layers] == [0, 1]
+    for layer, entry in enumerate(layers):
+        assert list(entry["groups"]) == [group[0] for group in family.SHARED_INPUT]
+        for group in family.SHARED_INPUT:
+            found = entry["groups"][group[0]]
+            assert 0 <= found["alpha"] <= 1
+            assert 0 < found["output_error_after"] <= found["output_error_before"] < 0.3
+            for linear in group:
+                name = f"{family.linear_name(layer, linear)}"
+                own = {suffix: written[f"{name}.{suffix}"] for suffix in ("weight", "weight_scale")}
+                by = torch.ones(())
+                if f"{name}.pre_quant_scale" in written:
+                    by = 1 / written[f"{name}.pre_quant_scale"].float()
+                elif linear in family.ATTENTION_IN + family.MLP_IN:
+                    norm = family.NORMS[linear in family.MLP_IN]
+                    norm = f"model.layers.{layer}.{norm}.weight"
+                    by = source[norm].float() / written[norm].float()
+                smoothed = source[f"{name}.weight"].float() * by
+                error = float((restore(own) - smoothed).norm() / smoothed.norm())
+                assert error == pytest.approx(report["relative_error"][name], rel=1e-3)
+    assert changed, "no norm took a scale in: this test would show nothing"
+    unfolded = {name for name in written if name.endswith("pre_quant_scale")}
+    assert unfolded == {
+        f"{family.linear_name(layer, linear)}.pre_quant_scale"
+        for layer in range(2)
+        for linear in ("self_attn.o_proj", "mlp.down_proj")
+    }
+    assert {written[name].dtype for name in unfolded} == {source["model.norm.weight"].dtype}
+    assert json.loads((made / "hf_quant_config.json").read_text())["quantization"]["pre_quant_scale"] is True
+    opened = Checkpoint.open(made).quantization
+    assert opened is not None
+    assert opened.pre_quant_scale
+
+
+def test_gptq_writes_the_plain_carrier(random_llama: Callable[..., Path], tmp_path: Path) -> None:
+    plain, made = (
+        run(random_llama(), tmp_path / "rtn", **INT4),
+        calibrate(random_llama(), tmp_path / "g", **WAYS["gptq"]),
+    )
+    ours, theirs = tensors_of(made), tensors_of(plain)
+    assert {name: (one.dtype, one.shape) for name, one in ours.items() if not name.endswith("amax")} == {
+        name: (one.dtype, one.shape) for name, one in theirs.items()
+    }
+    documents = [json.loads((folder / "hf_quant_config.json").read_text()) for folder in (made, plain)]
+    assert documents[0] == documents[1]
+
+
+@pytest.mark.parametrize("fp8_scales", ["shared", "separate"])
+def test_fp8_input_scales_and_kv_scales_are_those_of_transformers_activations(
+    random_llama: Callable[..., Path], tmp_path: Path, fp8_scales: str
+) -> None:
+    model = random_llama(dtype="bfloat16")
+    seen = hooked(load(model, torch.bfloat16), torch.from_numpy(SAMPLES.token_ids))
+    made = calibrate(model, tmp_path / "out", **FP8, fp8_scales=fp8_scales)
+    written, source = tensors_of(made), tensors_of(model)
+    ranges = Checkpoint.open(made).kv_ranges
+    assert ranges is not None
+    for layer, linear in family.layer_linears(Checkpoint.open(made).config):
+        name = family.linear_name(layer, linear)
+        assert torch.equal(written[f"{name}.input_scale"], seen[name].abs().max().float() / 448)
+        weight = source[f"{name}.weight"]
+        if fp8_scales == "separate":
+            scale = weight.abs().max().float() / 448
+            assert torch.equal(written[f"{name}.weight_scale"], scale)
+            twice = (weight / scale).to(torch.float8_e4m3fn)  # rounded to bfloat16 on the way
+            assert torch.equal(written[f"{name}.weight"].view(torch.uint8), twice.view(torch.uint8))
+    for layer, (key, value) in enumerate(ranges):
+        for amax, which in ((key, "k"), (value, "v")):
+            assert amax == float(seen[f"model.layers.{layer}.{which}"].abs().max())
+            scale = written[f"model.layers.{layer}.self_attn.{which}_proj.{which}_scale"]
+            assert float(scale) == (1.0 if fp8_scales == "shared" else pytest.approx(amax / 448, rel=1e-6))
+    inside = json.loads((made / "config.json").read_text())["quantization_config"]
+    assert inside["config_groups"]["group_0"]["input_activations"]["dynamic"] is False
+
+
+def test_fp8_kv_scales_grow_with_a_range_beyond_448(random_llama: Callable[..., Path], tmp_path: Path) -> None:
+    model = rewritten(
+        random_llama(dtype="bfloat16"),
+        tmp_path / "model",
+        lambda name, tensor: tensor * 5000 if name.endswith("layers.0.self_attn.v_proj.weight") else tensor,
+    )
+    made = calibrate(model, tmp_path / "out", **FP8)
+    ((_, value), _) = Checkpoint.open(made).kv_ranges or []
+    assert value > 448
+    written = tensors_of(made)
+    assert float(written["model.layers.0.self_attn.v_proj.v_scale"]) == pytest.approx(value / 448, rel=1e-6)
+    assert float(written["model.layers.0.self_attn.k_proj.k_scale"]) == 1.0
+
+
+@pytest.mark.parametrize("kv", ["int8", "fp8"])
+def test_weights_that_stay_get_ranges_of_keys_and_values(
+    random_llama: Callable[..., Path], tmp_path: Path, kv: str
+) -> None:
+    model = random_llama(dtype="bfloat16")
+    seen = hooked(load(model, torch.bfloat16), torch.from_numpy(SAMPLES.token_ids))
+    made = calibrate(model, tmp_path / "out", **{**INT4, "weights": "none", "kv": kv})
+    ranges = Checkpoint.open(made).kv_ranges
+    assert ranges == [
+        (float(seen[f"model.layers.{layer}.k"].abs().max()), float(seen[f"model.layers.{layer}.v"].abs().max()))
+        for layer in range(2)
+    ]
+    files = {path.name for path in made.iterdir()}
+    assert not {name for name in files if name.startswith("hidden")}
+    digests(made)
+    again = run(made, tmp_path / "again", weights="none", kv=kv)
+    assert Checkpoint.open(again).kv_ranges == ranges
+
+
+def test_a_quantized_checkpoint_is_observed_as_what_its_codes_stand_for(outlying: Path, tmp_path: Path) -> None:
+    first = calibrate(outlying, tmp_path / "first", **WAYS["awq"])
+    made = calibrate(first, tmp_path / "second", **{**WAYS["awq"], "kv": "int8"})
+    ranges, earlier = Checkpoint.open(made).kv_ranges, Checkpoint.open(first).kv_ranges
+    assert ranges is not None
+    assert earlier is not None
+    assert ranges != earlier
+    for (key, value), (other_key, other_value) in zip(ranges, earlier, strict=True):
+        assert key == pytest.approx(other_key, rel=0.2)
+        assert value == pytest.approx(other_value, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ranges: ranges | {"model.layers.1.self_attn.k_amax": torch.tensor(float("nan"))}, "not a number"),
+        (lambda ranges: {name: ranges[name] for name in list(ranges)[1:]}, "one float32 k_amax and v_amax"),
+        (lambda ranges: {name: value.double() for name, value in ranges.items()}, "one float32 k_amax and v_amax"),
+    ],
+    ids=["nan", "missing", "float64"],
+)
+def test_damaged_ranges_are_refused_by_the_files_name(
+    random_llama: Callable[..., Path],
+    tmp_path: Path,
+    change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    message: str,
+) -> None:
+    made = calibrate(random_llama(), tmp_path / "out", **FP8)
+    save_file(change(load_file(made / KV_RANGES)), made / KV_RANGES)
+    with pytest.raises(ArtifactError, match=message) as caught:
+        _ = Checkpoint.open(made).kv_ranges
+    assert str(made / KV_RANGES) in caught.value.message
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_a_method_that_needs_text_is_refused_without_it(random_llama: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="method: awq needs text"):
+        calibrate(random_llama(), tmp_path / "out", samples=None, **WAYS["awq"])
+
+
+@pytest.mark.parametrize("way", ["awq", "gptq", "fp8"])
+@pytest.mark.parametrize("linear", ["self_attn.v_proj", "mlp.down_proj"])
+def test_nan_in_the_weights_is_said_of_the_weights(
+    random_llama: Callable[..., Path], tmp_path: Path, way: str, linear: str
+) -> None:
+    name = f"model.layers.1.{linear}.weight"
+
+    def spoil(which: str, tensor: torch.Tensor) -> torch.Tensor:
+        if which == name:
+            tensor[-1, -1] = float("nan")
+        return tensor
+
+    model = rewritten(random_llama(), tmp_path / "model", spoil)
+    with pytest.raises(ArtifactError, match="this model is damaged") as caught:
+        calibrate(model, tmp_path / "out", **WAYS[way])
+    assert name in caught.value.message
+    assert not (tmp_path / "out").exists()
+
+
+def test_activations_that_overflow_name_layer_and_place(random_llama: Callable[..., Path], tmp_path: Path) -> None:
+    def swell(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return (
+            tensor * 1e24 if name.endswith(("layers.1.mlp.gate_proj.weight", "layers.1.mlp.up_proj.weight")) else tensor
+        )
+
+    model = rewritten(random_llama(dtype="bfloat16"), tmp_path / "model", swell)
+    with pytest.raises(ArtifactError, match=r"input of mlp\.down_proj of layer 1, with finite weights") as caught:
+        calibrate(model, tmp_path / "out", **WAYS["awq"])
+    assert "overflows bfloat16" in caught.value.message
+    assert not (tmp_path / "out").exists()
+
+
+# --- interruptions ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_interruption_before_any_layer_resumes_to_the_same_bytes(
+    random_llama: Callable[..., Path], tmp_path: Path, way: str
+) -> None:
+    model = random_llama(num_hidden_layers=3, dtype="bfloat16")
+    whole = digests(calibrate(model, tmp_path / "whole", **WAYS[way]))
+    assert KV_RANGES in whole
+    steps = ["embeddings", *(f"layer {number} of 3" for number in range(1, 4)), "head"]
+    for place, step in enumerate(steps):
+
+        def interrupt(text: str, step: str = step) -> None:
+            if text == step:
+                raise KeyboardInterrupt
+
+        target = tmp_path / step.replace(" ", "-")
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(model, target, Listening(interrupt), **WAYS[way])
+        heard = Listening()
+        assert digests(calibrate(model, target, heard, **WAYS[way])) == whole
+        # The journal of the unit before it may still have been in the writer's hands.
+        assert heard.said[0] in steps[max(0, place - 1) : place + 1]
+        assert heard.advanced["quantize"] == heard.totals["quantize"]
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from tests.stages.test_quantize import Listening
+from tests.stages.test_quantize_calibrated import WAYS, calibrate
+model, target, way = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+calibrate(model, target, Listening(lambda text: time.sleep(1.0)), max_shard_bytes=1, **WAYS[way])
+"""
+
+
+@pytest.mark.parametrize("way", ["awq", "gptq"])
+def test_kill_9_loses_only_the_layer_in_hand(
+    random_llama: Callable[..., Path], tmp_path: Path, root: Path, way: str
+) -> None:
+    model = random_llama(num_hidden_layers=4)
+    whole = digests(calibrate(model, tmp_path / "whole", max_shard_bytes=1, **WAYS[way]))
+    target = tmp_path / "killed"
+    command = [sys.executable, "-c", CHILD, str(model), str(target), way]
+    child = subprocess.Popen(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, stderr=subprocess.PIPE)
+    try:
+        journal: list[dict[str, Any]] = []
+        deadline = time.monotonic() + 120
+        while len(journal) < 3:
+            assert child.poll() is None, child.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+            for file in tmp_path.glob("killed.partial-*/journal.jsonl"):
+                journal = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+    (partial,) = tmp_path.glob("killed.partial-*")
+    before = {entry["file"]: (partial / entry["file"]).stat().st_mtime_ns for entry in journal}
+    heard = Listening()
+    assert digests(calibrate(model, target, heard, max_shard_bytes=1, **WAYS[way])) == whole
+    assert heard.said[0] == f"layer {len(journal)} of 4"
+    assert {name: (target / name).stat().st_mtime_ns for name in before} == before
+
+
+@pytest.mark.parametrize("damage", ["lost", "changed"])
+def test_lost_hidden_states_begin_the_work_again(
+    random_llama: Callable[..., Path], tmp_path: Path, damage: str
+) -> None:
+    model = random_llama(num_hidden_layers=3, dtype="bfloat16")
+    whole = digests(calibrate(model, tmp_path / "whole", **WAYS["fp8"]))
+
+    def interrupt(text: str) -> None:
+        if text == "layer 3 of 3":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, tmp_path / "out", Listening(interrupt), **WAYS["fp8"])
+    kept = list(tmp_path.glob("out.partial-*/hidden-states-*"))
+    assert 1 <= len(kept) <= 3
+    for file in kept:
+        if damage == "lost":
+            file.unlink()
+        else:
+            file.write_bytes(file.read_bytes()[::-1])
+    heard = Listening()
+    assert digests(calibrate(model, tmp_path / "out", heard, **WAYS["fp8"])) == whole
+    assert heard.said[0] == "embeddings"
+    assert any("begins again" in note for note in heard.notes)
+
+
+def test_progress_counts_every_input_byte(random_llama: Callable[..., Path], tmp_path: Path) -> None:
+    heard = Listening()
+    calibrate(random_llama(), tmp_path / "out", heard, **WAYS["awq"])
+    assert heard.totals == heard.advanced == {"quantize": Checkpoint.open(random_llama()).nbytes}

@@ -1,0 +1,164 @@
+"""Calibration text -> rows of token ids.
+
+Conversations are written as the model's own chat template does; a tokenizer without one gets Llama-2's. All texts are
+put behind one another in a shuffled order that a seed fixes, and cut into full rows, so nothing is padded. It knows no
+model weights, no layer and no recipe.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from toolchain.errors import ArtifactError, PlanError, RecipeError
+from toolchain.quantizers.conversations import BUILTIN, Record, read_records
+
+DATE = "26 Jul 2024"
+"""Llama-3's templates state a date; one that stays the same, and that Llama-3.1's own template falls back to."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What runs through the model."""
+
+    token_ids: npt.NDArray[np.int32]
+    """[samples, tokens], no padding."""
+    digest: str
+    """sha256 (hex) of the data and the settings; the tokenizer is part of the model and not in it."""
+    source: str
+    """In words: ``"built-in conversations"`` or what the recipe named."""
+
+
+def load_samples(
+    data: str, tokenizer_folder: Path, *, samples: int, tokens: int, chat_template: bool, seed: int = 0
+) -> Samples:
+    """``samples`` rows of ``tokens`` token ids of the texts that ``data`` names.
+
+    ``data``: ``builtin``, a path that ends in .jsonl, .txt (paragraphs) or .parquet, or ``hf:NAME``. The same data,
+    tokenizer and settings give the same rows. BOS stands before each text once, if this tokenizer uses one.
+
+    Raises RecipeError for data that cannot be read, naming the line; PlanError where a library is missing or there is
+    too little text; ArtifactError for a folder without a tokenizer.
+    """
+    records, content = read_records(data)
+    order = list(range(len(records)))
+    random.Random(seed).shuffle(order)
+    encode = _encoder(tokenizer_folder, chat_template)
+    ids: list[int] = []
+    for place in order:
+        if len(ids) >= samples * tokens:
+            break
+        ids += encode(records[place])
+    if len(ids) < samples * tokens:
+        raise PlanError(
+            f"calibration.data {data}: its text makes {len(ids) // tokens} of {samples} samples of {tokens} tokens",
+            hint="Give more text or fewer samples: calibration: {samples: " + f"{max(1, len(ids) // tokens)}}}",
+        )
+    rows = np.array(ids[: samples * tokens], dtype=np.int32).reshape(samples, tokens)
+    settings = {"samples": samples, "tokens": tokens, "chat_template": chat_template, "seed": seed}
+    digest = hashlib.sha256(f"{content}\n{json.dumps(settings, sort_keys=True)}".encode()).hexdigest()
+    return Samples(rows, digest, "built-in conversations" if data == BUILTIN else data)
+
+
+def _encoder(folder: Path, chat_template: bool) -> Callable[[Record], list[int]]:
+    """Record -> token ids, with the tokenizer of ``folder`` and, for conversations, its chat template."""
+    tokenizer = _tokenizer(folder)
+    bos = tokenizer.bos_token_id
+    uses_bos = bos is not None and list(tokenizer.encode("a"))[:1] == [bos]
+    render = functools.partial(_render, tokenizer) if chat_template else None
+
+    def encode(record: Record) -> list[int]:
+        templated = render is not None and bool(record.messages)
+        text = render(record) if render and templated else record.plain
+        ids = [int(one) for one in tokenizer.encode(text, add_special_tokens=not templated)]
+        if templated and uses_bos:
+            ids = [bos, *ids]
+        while bos is not None and ids[:2] == [bos, bos]:
+            ids = ids[1:]
+        return ids
+
+    return encode
+
+
+def _tokenizer(folder: Path) -> Any:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise ArtifactError(
+            f"{folder}: calibration needs the model's tokenizer, there is no tokenizer.json or tokenizer.model",
+            hint="Copy the tokenizer's files beside the weights",
+        )
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise PlanError(
+            "calibration needs transformers, for the model's tokenizer, which is not installed",
+            hint="pip install 'scalellm-toolchain[quantize]'",
+        ) from error
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a broken tokenizer.json raises a bare Exception of the Rust library
+        raise ArtifactError(f"{folder}: the model's tokenizer cannot be loaded: {error}") from error
+
+
+def _render(tokenizer: Any, record: Record) -> str:
+    """A conversation as the model was trained on it: its own template; else Llama-2's."""
+    messages = [{"role": role, "content": content} for role, content in record.messages]
+    if not tokenizer.chat_template:
+        return llama2_chat(record.messages, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
+    try:
+        return str(_apply(tokenizer, messages))
+    except Exception as refused:  # jinja2's errors, or whatever a template's own code makes of a message
+        merged = _without_system(messages)
+        if merged == messages:
+            raise _refused(record, refused) from refused
+        try:
+            return str(_apply(tokenizer, merged))
+        except Exception as error:
+            raise _refused(record, error) from error
+
+
+def _apply(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> Any:
+    return tokenizer.apply_chat_template(list(messages), tokenize=False, date_string=DATE)
+
+
+def _refused(record: Record, error: Exception) -> RecipeError:
+    return RecipeError(
+        f"{record.where}: the model's chat template refuses this conversation: {error}",
+        hint="Most templates want user and assistant to take turns, the user first. "
+        "Or leave the template out: calibration: {chat_template: false}",
+    )
+
+
+def _without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """For templates that know no system role: its text goes in front of what the user says first."""
+    if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
+        return messages
+    first = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+    return [first, *messages[2:]]
+
+
+def llama2_chat(messages: Iterable[tuple[str, str]], *, bos: str, eos: str) -> str:
+    """(role, content) of each turn -> Llama-2's prompt format, each pair of turns between ``bos`` and ``eos``.
+
+    Source: https://github.com/meta-llama/llama llama/generation.py, chat_completion (2023-07).
+    """
+    text, system = "", ""
+    open_turn = False
+    for role, content in messages:
+        if role == "system":
+            system = f"<<SYS>>\n{content.strip()}\n<</SYS>>\n\n"
+        elif role == "user":
+            text += f"{bos}[INST] {system}{content.strip()} [/INST]"
+            system, open_turn = "", True
+        else:
+            text += f"{'' if open_turn else bos} {content.strip()} {eos}"
+            open_turn = False
+    return text
