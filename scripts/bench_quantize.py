@@ -5,8 +5,9 @@
 Makes the checkpoint on the spot (normal-like fp16 values, shards of up to 5 GB). Then, for each run: a plain copy
 (read, write, fsync, in pieces), deleted again, and `quantize` with its stamp and rename in a process of its own.
 Both start with the page cache of the model's files dropped (posix_fadvise DONTNEED; --warm leaves it alone), and both
-end with fsynced bytes. Wall time of quantize is that of its whole process, imports included. It measures; it judges
-nothing and holds no product logic.
+end with fsynced bytes. Wall time of quantize is that of its whole process, imports included. With --engine, each result
+is also copied plainly and built into the CPU engine, measured in the same way. It measures; it judges nothing and holds
+no product logic.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("bench-quantize"), help="where to write; removed at the end")
     parser.add_argument("--keep", action="store_true", help="keep the random checkpoint, and use it next time")
     parser.add_argument("--warm", action="store_true", help="do not drop the page cache before each measurement")
+    parser.add_argument("--engine", action="store_true", help="build the CPU engine from each result, too")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
     parser.add_argument("--child", nargs=3, metavar=("MODEL", "OUT", "RUN"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -174,41 +176,43 @@ def copy(model: Path, target: Path, total: int) -> float:
     return time.monotonic() - start
 
 
-def child(model: str, out: str, run: str, group_size: int, kv: str) -> None:
-    """In a process of its own: quantize, commit, and print what the kernel says about this process."""
+class Lines:
+    """A stage's progress as a line every ten seconds."""
+
+    def task(self, label: str, total: int, unit: str) -> Lines:
+        self.advance = Ticker(total)
+        return self
+
+    def describe(self, text: str) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        say(text)
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def child(source: str, out: str, run: str, group_size: int, kv: str) -> None:
+    """In a process of its own: quantize (or build), commit, and print what the kernel says about this process."""
     from toolchain import workspace
     from toolchain.checkpoint import Checkpoint
-    from toolchain.stages.quantize import quantize
 
-    class Lines:
-        """The stage's progress as a line every ten seconds."""
-
-        def task(self, label: str, total: int, unit: str) -> Any:
-            tick = Ticker(total)
-
-            class Task:
-                def advance(self, amount: int) -> None:
-                    tick(amount)
-
-                def describe(self, text: str) -> None:
-                    pass
-
-                def __enter__(self) -> Task:
-                    return self
-
-                def __exit__(self, *_: object) -> None:
-                    pass
-
-            return Task()
-
-        def note(self, text: str) -> None:
-            say(text)
-
-    weights, scales = RUNS[run]
     start = time.monotonic()
-    checkpoint = Checkpoint.open(Path(model))
-    with workspace.draft(Path(out), "quantize", {"run": run}) as draft:
-        quantize(checkpoint, draft, weights=weights, group_size=group_size, scales=scales, kv=kv, progress=Lines())
+    checkpoint = Checkpoint.open(Path(source))
+    with workspace.draft(Path(out), "bench", {"run": run}) as draft:
+        if run == "engine":
+            from toolchain.backends import openvino
+
+            openvino.build(checkpoint, draft.path, Lines())
+        else:
+            from toolchain.stages.quantize import quantize
+
+            weights, scales = RUNS[run]
+            quantize(checkpoint, draft, weights=weights, group_size=group_size, scales=scales, kv=kv, progress=Lines())
         draft.commit(versions={}, recipe="")
     print(json.dumps({"stage_s": time.monotonic() - start, **self_measured()}))
 
@@ -228,40 +232,49 @@ def self_measured() -> dict[str, Any]:
     }
 
 
-def quantized(model: Path, out: Path, run: str, args: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--child", str(model), str(out), run]
+def in_child(source: Path, out: Path, run: str, args: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--child", str(source), str(out), run]
     command += ["--group-size", str(args.group_size), "--kv", args.kv]
     start = time.monotonic()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     wall_s = time.monotonic() - start
-    errors = json.loads((out / "quantization_report.json").read_text())["relative_error"].values()
     size = sum(file.stat().st_size for file in out.iterdir())
-    return {
-        "wall_s": wall_s,
-        **json.loads(done.stdout.splitlines()[-1]),
-        "artifact_bytes": size,
-        "mean_relative_error": sum(errors) / len(errors),
-    }
+    return {"wall_s": wall_s, **json.loads(done.stdout.splitlines()[-1]), "artifact_bytes": size}
 
 
-def measure(model: Path, total: int, run: str, args: argparse.Namespace) -> dict[str, Any]:
-    copied, out = args.work / "copy", args.work / f"out-{run}"
+def measure(source: Path, run: str, out: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """A plain copy of ``source``, then ``run`` on it into ``out``, which stays."""
+    copied = args.work / "copy"
     for folder in (copied, out):
         shutil.rmtree(folder, ignore_errors=True)
-    prepare(model, args)
+    total = sum(file.stat().st_size for file in source.iterdir())
+    prepare(source, args)
     load = [os.getloadavg()[0]]
     say("plain copy")
-    copy_s = copy(model, copied, total)
+    copy_s = copy(source, copied, total)
     shutil.rmtree(copied)
-    prepare(model, args)
+    prepare(source, args)
     load.append(os.getloadavg()[0])
-    say(f"quantize, {run}")
-    row = {"run": run, "copy_s": copy_s, **quantized(model, out, run, args)}
+    say(run)
+    row = {"run": run, "copy_s": copy_s, **in_child(source, out, run, args)}
     load.append(os.getloadavg()[0])
-    shutil.rmtree(out)
+    if run in RUNS:
+        errors = json.loads((out / "quantization_report.json").read_text())["relative_error"].values()
+        row["mean_relative_error"] = sum(errors) / len(errors)
     row |= {"ratio": row["wall_s"] / copy_s, "load": [round(value, 2) for value in load]}
     say(json.dumps(row))
     return row
+
+
+def measure_all(model: Path, args: argparse.Namespace) -> Iterable[dict[str, Any]]:
+    for run in args.runs.split(","):
+        out = args.work / f"out-{run}"
+        yield measure(model, run, out, args)
+        if args.engine:
+            engine = args.work / "out-engine"
+            yield measure(out, "engine", engine, args) | {"of": run}
+            shutil.rmtree(engine)
+        shutil.rmtree(out)
 
 
 def prepare(model: Path, args: argparse.Namespace) -> None:
@@ -285,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
         return 5
     try:
         make(model, args.shape)
-        rows = [measure(model, total, run, args) for run in args.runs.split(",")]
+        rows = list(measure_all(model, args))
     finally:
         clean(args, model)
     show(args, total, rows)
@@ -313,12 +326,13 @@ def show(args: argparse.Namespace, total: int, rows: list[dict[str, Any]]) -> No
         print(json.dumps({**head, "runs": rows}, indent=2))
         return
     print(f"{args.shape}, {total / 1e9:.2f} GB of fp16, {head['cores']} cores, page cache {cache}")
-    print("run             copy s  quantize s  ratio  peak RSS MiB  read GB  written GB  CPU s  rel. error  load")
+    print("run             copy s      wall s  ratio  peak RSS MiB  read GB  written GB  CPU s  rel. error  load")
     for row in rows:
+        error = f"{row['mean_relative_error']:.4f}" if "mean_relative_error" in row else "-"
         print(
             f"{row['run']:15} {row['copy_s']:6.1f}  {row['wall_s']:10.1f}  {row['ratio']:5.2f}  "
             f"{row['peak_rss_bytes'] / 2**20:12.0f}  {row['read_bytes'] / 1e9:7.2f}  "
-            f"{row['written_bytes'] / 1e9:10.2f}  {row['cpu_s']:5.0f}  {row['mean_relative_error']:10.4f}  "
+            f"{row['written_bytes'] / 1e9:10.2f}  {row['cpu_s']:5.0f}  {error:>10}  "
             f"{row['load']}"
         )
 

@@ -41,10 +41,10 @@ SIDE_FILES = (
 )
 """Files that travel with the weights into every later artifact, where the model has them."""
 
-KV_RANGES = "scalellm_kv_cache.safetensors"
-"""Our own file beside the layout's, which has no place for INT8 caches, written when a model is calibrated: float32
-scalars ``model.layers.{i}.self_attn.k_amax`` and ``.v_amax``, the largest |K| after rotation and |V| that were seen. An
-INT8 cache has scale amax/127, an FP8 one amax/448."""
+KV_RANGES = "scalellm_kv_cache.json"
+"""Our own file beside the layout's, which has no place for INT8 caches, written when a model is calibrated:
+``{"layers": [{"k_amax": ..., "v_amax": ...}, ...]}``, the largest |K| after rotation and |V| that were seen. An INT8
+cache has scale amax/127, an FP8 one amax/448. JSON, because some loaders take every safetensors file for weights."""
 
 _HEADER_LIMIT = 100 * 2**20
 _SAMPLES = 64
@@ -123,16 +123,15 @@ class Checkpoint:
         file = self.path / KV_RANGES
         if not file.is_file():
             return None
-        tensors, raw = read_header(file), file.read_bytes()
-        names = [
-            f"model.layers.{layer}.self_attn.{one}_amax" for layer in range(self.config.num_layers) for one in "kv"
-        ]
-        if sorted(tensors) != sorted(names) or {(info.dtype, info.shape) for info in tensors.values()} != {("F32", ())}:
-            raise ArtifactError(f"{file}: does not hold one float32 k_amax and v_amax for each layer of this model")
-        values = [struct.unpack_from("<f", raw, tensors[name].offset)[0] for name in names]
-        if not all(0 <= value < math.inf for value in values):
+        try:
+            ranges = [(float(layer["k_amax"]), float(layer["v_amax"])) for layer in read_json(file)["layers"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{file}: does not hold a k_amax and v_amax for each layer: {error}") from error
+        if len(ranges) != self.config.num_layers:
+            raise ArtifactError(f"{file}: holds {len(ranges)} layers, the model has {self.config.num_layers}")
+        if not all(0 <= value < math.inf for pair in ranges for value in pair):
             raise ArtifactError(f"{file}: holds a range that is negative or not a number")
-        return list(zip(values[::2], values[1::2], strict=True))
+        return ranges
 
     @cached_property
     def fingerprint(self) -> str:

@@ -61,6 +61,12 @@ def _recipe_flags(function: _Function) -> _Function:
     return function
 
 
+def _stage_flags(function: _Function) -> _Function:
+    """What every verb takes that makes artifacts or says why it would."""
+    explained = click.option("--explain", is_flag=True, help="Only say what is stale and why.")(_common(function))
+    return _recipe_flags(explained)
+
+
 def _complete_recipe(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
     from toolchain.recipe import available
 
@@ -97,10 +103,8 @@ def plan(recipe: str, model: str | None, work: Path, json_output: bool, verbose:
 
 
 @verbs.command()
-@_recipe_flags
-@click.option("--explain", is_flag=True, help="Only say what is stale and why.")
-@_common
-def quantize(recipe: str, model: str | None, work: Path, explain: bool, json_output: bool, verbose: int) -> None:
+@_stage_flags
+def quantize(**flags: Any) -> None:
     """Quantize the model, a layer at a time, into the unified Hugging Face layout.
 
     Interrupted work continues at the layer in hand.
@@ -109,14 +113,12 @@ def quantize(recipe: str, model: str | None, work: Path, explain: bool, json_out
     Example:
       scalellm quantize --recipe rtx4090 --model ./Llama-2-13b-chat-hf
     """
-    _run("checkpoint", recipe, model, work, explain, json_output, verbose)
+    _run("checkpoint", **flags)
 
 
 @verbs.command()
-@_recipe_flags
-@click.option("--explain", is_flag=True, help="Only say what is stale and why.")
-@_common
-def build(recipe: str, model: str | None, work: Path, explain: bool, json_output: bool, verbose: int) -> None:
+@_stage_flags
+def build(**flags: Any) -> None:
     """Plan, quantize, build the engine and emit the Triton model repository; skip what is fresh.
 
     \b
@@ -124,13 +126,11 @@ def build(recipe: str, model: str | None, work: Path, explain: bool, json_output
       scalellm build --recipe rtx4090.yaml --model ./Llama-2-13b-chat-hf
       scalellm build --recipe tiny --explain
     """
-    _run("repository", recipe, model, work, explain, json_output, verbose)
+    _run("repository", **flags)
 
 
 @verbs.command()
-@_recipe_flags
-@click.option("--explain", is_flag=True, help="Only say what is stale and why.")
-@_common
+@_stage_flags
 def package(recipe: str, model: str | None, work: Path, explain: bool, json_output: bool, verbose: int) -> None:
     """Emit the Triton model repository of a finished engine. Refuses where the engine is missing or stale.
 

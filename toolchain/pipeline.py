@@ -12,7 +12,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -261,18 +261,15 @@ def _state(name: str, folder: Path, inputs: Mapping[str, Any]) -> State:
     return State(name, folder, wrong is None, (wrong,) if wrong else ())
 
 
-_UPSTREAM = {"checkpoint": "its checkpoint changed", "engine": "its engine changed"}
+_HASHES = {
+    "model": "the model's files changed",
+    "checkpoint": "its checkpoint changed",
+    "engine": "its engine changed",
+    "templates": "the templates changed",
+    "calibration.digest": "the text that it is calibrated on changed",
+}
 
 
-def _readable(differences: Any) -> list[str]:
+def _readable(differences: Iterable[str]) -> list[str]:
     """Hashes mean nothing to a person: say which input changed instead of from what to what."""
-    readable = []
-    for line in differences:
-        key = line.split(" was ")[0]
-        if key == "model":
-            readable.append("the model's files changed")
-        elif key == "calibration.digest":
-            readable.append("the text that it is calibrated on changed")
-        else:
-            readable.append(_UPSTREAM.get(key, line))
-    return readable
+    return [_HASHES.get(line.split(" was ")[0], line) for line in differences]

@@ -70,6 +70,11 @@ class Served:
             time.sleep(0.05)
         return status
 
+    def idle(self) -> dict[str, Any]:
+        """The status when nothing is left of earlier tests. Written every 0.2 s: an old one is not believed."""
+        time.sleep(0.5)
+        return self.wait_for(lambda status: status["active"] == status["running"] == status["waiting"] == 0)
+
     def generate(self, model: str, **request: Any) -> dict[str, Any]:
         """POST generate: one answer."""
         connection, response = self._post(model, "generate", request)

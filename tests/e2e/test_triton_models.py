@@ -9,11 +9,13 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import tritonclient.grpc as grpcclient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.e2e.parrot import EOS, SENTENCES, write_parrot
@@ -26,6 +28,7 @@ from toolchain.engine import Engine, Limits, Passport, write_passport
 from toolchain.progress import Silent
 from toolchain.servers.triton.locate import find_server
 from toolchain.servers.triton.ports import free_ports
+from toolchain.servers.triton.probe import one_token
 from toolchain.servers.triton.supervisor import Supervisor
 from toolchain.stages.package import package
 
@@ -42,13 +45,23 @@ def parrot(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(parrot: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One server for all tests here."""
-    work = tmp_path_factory.mktemp("served")
-    engine = make_engine(parrot, work / "engine")
+def engine(parrot: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return make_engine(parrot, tmp_path_factory.mktemp("made") / "engine")
+
+
+@pytest.fixture(scope="module")
+def served(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One server for all tests here but one."""
+    with serving(engine, tmp_path_factory.mktemp("served")) as found:
+        yield found
+
+
+@contextmanager
+def serving(engine: Engine, work: Path, **parameters: str) -> Iterator[Served]:
+    """The engine's repository behind a real Triton."""
     status = work / "status.json"
     with workspace.draft(work / "repository", "repository", {}) as draft:
-        package(engine, draft.path, parameters={"status_file": str(status), "max_queue_size": 16})
+        package(engine, draft.path, parameters={"status_file": str(status), "max_queue_size": 16, **parameters})
         draft.commit(versions={}, recipe="")
     server = find_server("bundled", environ=os.environ)
     ports = free_ports()
@@ -199,7 +212,7 @@ def test_many_requests_on_one_grpc_stream_are_told_apart_by_their_ids(served: Se
 
 
 def test_closing_an_http_stream_frees_the_engine(served: Served) -> None:
-    before = served.status()["cancelled"]
+    before = served.idle()["cancelled"]
     with served.streaming("tensorrt_llm_bls", text_input=CAPITAL, **ENDLESS) as events:
         next(events)
         served.wait_for(lambda status: status["running"] == 1)
@@ -207,7 +220,7 @@ def test_closing_an_http_stream_frees_the_engine(served: Served) -> None:
 
 
 def test_cancelling_a_grpc_stream_frees_the_engine(served: Served) -> None:
-    before = served.status()["cancelled"]
+    before = served.idle()["cancelled"]
     with served.grpc_stream() as (client, answers):
         client.async_stream_infer("tensorrt_llm_bls", inputs({"text_input": CAPITAL, "stream": True, **ENDLESS}))
         answers.get(timeout=60)
@@ -217,7 +230,7 @@ def test_cancelling_a_grpc_stream_frees_the_engine(served: Served) -> None:
 
 
 def test_cancelling_a_client_of_the_engine_itself_frees_it(served: Served, reference: Reference) -> None:
-    before = served.status()["cancelled"]
+    before = served.idle()["cancelled"]
     with served.grpc_stream() as (client, answers):
         client.async_stream_infer("tensorrt_llm", inputs(endless_ids(reference)))
         answers.get(timeout=60)
@@ -230,12 +243,34 @@ def endless_ids(reference: Reference) -> dict[str, object]:
     return {"input_ids": ids, "input_lengths": len(ids), "request_output_len": 5500, "end_id": -1, "streaming": True}
 
 
+def test_cancelling_a_waiting_request_frees_its_place_in_the_queue(served: Served, reference: Reference) -> None:
+    with served.grpc_stream() as (client, _answers):
+        for _ in range(16):
+            client.async_stream_infer("tensorrt_llm", inputs(endless_ids(reference)))
+        served.wait_for(lambda status: status["running"] == 16)
+        with served.grpc_stream() as (late, _late_answers):
+            late.async_stream_infer("tensorrt_llm_bls", inputs({"text_input": CAPITAL, "stream": True, **ENDLESS}))
+            served.wait_for(lambda status: status["waiting"] == 1)
+        served.wait_for(lambda status: status["waiting"] == 0 and status["running"] == 16)
+
+
+def test_outputs_that_were_not_asked_for_are_not_sent(served: Served, reference: Reference) -> None:
+    """Triton 2.51 corrupts memory when it has to drop them itself."""
+    ids = reference.tokenizer(CAPITAL).input_ids
+    request = inputs({"input_ids": ids, "input_lengths": len(ids), "request_output_len": 8, "streaming": True})
+    with served.grpc_stream() as (client, answers):
+        wanted = [grpcclient.InferRequestedOutput("output_ids")]
+        client.async_stream_infer("tensorrt_llm", request, outputs=wanted, enable_empty_final_response=True)
+        results = list(until_final(answers))
+    assert {output.name for result in results for output in result.get_response().outputs} == {"output_ids"}
+
+
 @pytest.mark.parametrize("model", ["tensorrt_llm", "ensemble"])
 def test_stop_request_ends_the_request_of_the_same_id(served: Served, reference: Reference, model: str) -> None:
     """Triton 2.51 does not pass a cancellation on through an ensemble; ``stop`` reaches through it."""
     long = endless_ids(reference)
     request = long if model == "tensorrt_llm" else {"text_input": CAPITAL, "stream": True, **ENDLESS}
-    before = served.status()["cancelled"]
+    before = served.idle()["cancelled"]
     with served.grpc_stream() as (client, answers):
         client.async_stream_infer(model, inputs(request), request_id="7", enable_empty_final_response=True)
         first = answers.get(timeout=60)
@@ -402,7 +437,7 @@ def test_several_sequences_come_with_their_index(served: Served, model: str) -> 
 
 def test_more_requests_than_the_queue_holds_are_refused_as_busy(served: Served, reference: Reference) -> None:
     """Triton 2.51 answers every refusal of a decoupled model with status 400, so the words are what tells."""
-    before = served.status()["cancelled"]
+    before = served.idle()["cancelled"]
     with served.grpc_stream() as (client, answers):
         for index in range(33):
             client.async_stream_infer("tensorrt_llm", inputs(endless_ids(reference)), request_id=f"busy-{index}")
@@ -412,10 +447,21 @@ def test_more_requests_than_the_queue_holds_are_refused_as_busy(served: Served, 
         for model in DOORS:
             with pytest.raises(ServerError, match="this server takes 32: try again later"):
                 served.generate(model, text_input=CAPITAL, max_tokens=5)
+        assert one_token(("127.0.0.1", served.http_port), "tensorrt_llm_bls", 10.0).state == "busy"
     served.wait_for(lambda status: status["running"] == 0 and status["cancelled"] == before + 32)
 
 
-def test_engine_process_dies_with_its_parent(served: Served, root: Path) -> None:
+def test_the_door_for_other_backends_gives_the_same_text(engine: Engine, served: Served, tmp_path: Path) -> None:
+    """A GPU's engine is called through Triton's BLS instead of the private line; the text must not depend on that."""
+    door = "tensorrt_llm_bls"
+    requests = [{"text_input": sentence[:12], "max_tokens": 24} for sentence in SENTENCES]
+    expected = [served.text(door, **request) for request in requests]
+    with serving(engine, tmp_path, engine_door="bls") as other:
+        assert [other.text(door, **request) for request in requests] == expected
+        assert "".join(other.pieces(door, **requests[0])) == expected[0]
+
+
+def test_engine_process_dies_with_its_parent(engine: Engine, root: Path) -> None:
     """Also when the parent is killed and can say nothing: an orphan would keep the weights in memory."""
     templates = root / "model_repo_templates"
     parent = (
@@ -424,7 +470,7 @@ def test_engine_process_dies_with_its_parent(served: Served, root: Path) -> None
         "print(client.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     found = subprocess.run(
-        [sys.executable, "-c", parent, str(served.status_file.parent / "engine")],
+        [sys.executable, "-c", parent, str(engine.path)],
         env={**os.environ, "PYTHONPATH": str(templates / "openvino" / "tensorrt_llm" / "1")},
         stdout=subprocess.PIPE,
         text=True,

@@ -164,4 +164,5 @@ def test_backend_without_templates_is_refused(tmp_path: Path) -> None:
 def test_every_template_file_is_known_to_the_stage(root: Path) -> None:
     """A new shared file must be given to a model, and each model's imports of shared files must be among its own."""
     shared = {path.name for path in (root / "model_repo_templates" / "common" / "shared").glob("*.py")}
-    assert shared == {name for names in stage._SHARED.values() for name in names}
+    known = [*stage._SHARED.values(), *stage._SHARED_WITH_ENGINE.values()]
+    assert shared == {name for names in known for name in names}

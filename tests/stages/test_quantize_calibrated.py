@@ -253,23 +253,24 @@ def test_a_quantized_checkpoint_is_observed_as_what_its_codes_stand_for(outlying
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda ranges: ranges | {"model.layers.1.self_attn.k_amax": torch.tensor(float("nan"))}, "not a number"),
-        (lambda ranges: {name: ranges[name] for name in list(ranges)[1:]}, "one float32 k_amax and v_amax"),
-        (lambda ranges: {name: value.double() for name, value in ranges.items()}, "one float32 k_amax and v_amax"),
+        (lambda layers: [layers[0], {**layers[1], "k_amax": float("nan")}], "not a number"),
+        (lambda layers: layers[1:], "holds 1 layers"),
+        (lambda layers: [layers[0], {"k_amax": 1.0}], "a k_amax and v_amax for each layer"),
     ],
-    ids=["nan", "missing", "float64"],
+    ids=["nan", "a layer missing", "a range missing"],
 )
 def test_damaged_ranges_are_refused_by_the_files_name(
     random_llama: Callable[..., Path],
     tmp_path: Path,
-    change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    change: Callable[[list[dict[str, float]]], list[dict[str, float]]],
     message: str,
 ) -> None:
     made = calibrate(random_llama(), tmp_path / "out", **FP8)
-    save_file(change(load_file(made / KV_RANGES)), made / KV_RANGES)
+    file = made / KV_RANGES
+    file.write_text(json.dumps({"layers": change(json.loads(file.read_text())["layers"])}))
     with pytest.raises(ArtifactError, match=message) as caught:
         _ = Checkpoint.open(made).kv_ranges
-    assert str(made / KV_RANGES) in caught.value.message
+    assert str(file) in caught.value.message
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+import channel
 import numpy as np
 import pytest
 from engine_client import EngineClient
@@ -178,6 +179,32 @@ def test_lane_sends_what_waits_without_further_events() -> None:
 def test_engine_that_does_not_start_is_reported(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="did not start: the engine process ended with exit code 1"):
         EngineClient(tmp_path, on_events=lambda _events, _status: None, on_death=lambda _reason: None)
+
+
+def test_private_line_carries_arrays_both_ways() -> None:
+    name = channel.name_of("a test")
+    listener = channel.listen(name)
+    caller = channel.connect(name)
+    answerer = channel.accept(listener)
+    assert answerer is not None
+    caller.send(("ask", {"ids": np.arange(5)}))
+    word, tensors = answerer.recv()
+    assert word == "ask"
+    assert tensors["ids"].tolist() == [0, 1, 2, 3, 4]
+    answerer.close()
+    with pytest.raises(EOFError):
+        caller.recv()
+    listener.close()
+    with pytest.raises(ConnectionRefusedError):
+        channel.connect(name)
+
+
+def test_two_servers_cannot_answer_the_same_line() -> None:
+    name = channel.name_of("another test")
+    listener = channel.listen(name)
+    with pytest.raises(OSError, match="in use"):
+        channel.listen(name)
+    listener.close()
 
 
 def test_numpy_2_is_refused_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,12 +148,6 @@ def kv_tensors(layer: int, kv: str) -> tuple[TensorPlan, ...]:
     return tuple(TensorPlan(f"model.layers.{layer}.{name}", "F32", ()) for name in KV_SCALES)
 
 
-def kv_ranges(layer: int) -> tuple[tuple[str, str], tuple[str, str]]:
-    """The tensors of ``KV_RANGES``, and what the journal calls them."""
-    prefix = f"model.layers.{layer}.self_attn"
-    return (f"{prefix}.k_amax", "k_amax"), (f"{prefix}.v_amax", "v_amax")
-
-
 def kv_scales(scheme: Scheme, amaxes: tuple[float, float] | None) -> tuple[float, float]:
     """max |K| and max |V|, or None where nothing was observed -> the dequantization factors of an fp8 cache.
 

@@ -31,12 +31,13 @@ VERSION = "1"
 COMMON = ("preprocessing", "postprocessing", "tensorrt_llm_bls", "ensemble")
 ENGINE_MODEL = "tensorrt_llm"
 _SHARED = {
-    "preprocessing": ("detokenizer.py", "tensors.py", "tokenizer.py", "words.py"),
+    "preprocessing": ("detokenizer.py", "prompts.py", "tensors.py", "tokenizer.py", "words.py"),
     "postprocessing": ("detokenizer.py", "tensors.py", "tokenizer.py"),
-    "tensorrt_llm_bls": ("detokenizer.py", "tensors.py", "tokenizer.py"),
-    ENGINE_MODEL: ("detokenizer.py", "tensors.py", "words.py"),
+    "tensorrt_llm_bls": ("channel.py", "detokenizer.py", "prompts.py", "tensors.py", "tokenizer.py", "words.py"),
 }
 """Files of ``common/shared`` that each model needs beside it: Triton puts the version folder on ``sys.path``."""
+_SHARED_WITH_ENGINE = {"openvino": ("channel.py", "detokenizer.py", "tensors.py", "words.py")}
+"""The same for ``tensorrt_llm`` of each backend that has a private line to ``tensorrt_llm_bls``."""
 _WITH_TOKENIZER = ("preprocessing", "postprocessing", "tensorrt_llm_bls")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -82,7 +83,7 @@ def package(engine: Engine, out: Path, *, parameters: Mapping[str, Value] | None
     )
     for name, source in sources.items():
         _write_model(out / name, source, configurations[name])
-        for shared in _SHARED.get(name, ()):
+        for shared in _shared(name, backend):
             shutil.copyfile(templates / "common" / "shared" / shared, out / name / "1" / shared)
     known = _place_tokenizer(engine, out) | _place_engine(engine, out)
     contents = {"backend": backend, "recipe": engine.passport.recipe, "models": sorted(sources), "parameters": values}
@@ -106,12 +107,17 @@ def defaults(engine: Engine) -> dict[str, Value]:
         "postprocessing_instance_count": 1,
         "bls_max_concurrent_requests": limits.max_batch_size + queue,
         "tensorrt_llm_model_name": ENGINE_MODEL,
+        "engine_door": "line" if passport.backend in _SHARED_WITH_ENGINE else "bls",
         "logits_datatype": "TYPE_FP32",
         "engine_dir": "engine",
         "max_queue_size": queue,
         "max_beam_width": 4,
         "status_file": "",
     }
+
+
+def _shared(model: str, backend: str) -> tuple[str, ...]:
+    return _SHARED_WITH_ENGINE.get(backend, ()) if model == ENGINE_MODEL else _SHARED.get(model, ())
 
 
 def _write_model(folder: Path, source: Path, configuration: str) -> None:

@@ -57,7 +57,7 @@ def quantize(
 
     Without ``samples`` nothing is calibrated: ``method`` must be "rtn", and fp8 gets no input scales. With them every
     layer is run on them first: see ``layout.Scheme`` for the words. The ranges of K and V then come along in
-    ``scalellm_kv_cache.safetensors``.
+    ``scalellm_kv_cache.json``.
 
     ``weights`` is a key of ``quantization.WEIGHTS``, ``kv`` one of ``quantization.KV``; ``group_size`` and ``scales``
     ("modelopt": amax/7, "mse": searched) matter for int4 only. Writes the shards and their index, ``config.json``,
@@ -281,9 +281,9 @@ def _write_index(draft: workspace.Draft, tensor_bytes: Mapping[str, Mapping[str,
 
 
 def _write_kv_ranges(draft: workspace.Draft, layers: Sequence[Mapping[str, Any]]) -> None:
-    """``scalellm_kv_cache.safetensors``: max |K| after rotation and max |V| of each layer."""
-    ranges = {name: layers[place][key] for place in range(len(layers)) for name, key in layout.kv_ranges(place)}
-    workspace.write_durably(draft.path / KV_RANGES, shards.scalars(ranges))
+    """``KV_RANGES``: max |K| after rotation and max |V| of each layer."""
+    ranges = [{"k_amax": layer["k_amax"], "v_amax": layer["v_amax"]} for layer in layers]
+    workspace.write_durably(draft.path / KV_RANGES, _json({"layers": ranges}))
 
 
 def _json(document: Mapping[str, Any]) -> bytes:

@@ -12,8 +12,10 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-_BUSY = frozenset({429, 503})
-"""Refused for want of room: the model answered, so it lives."""
+_BUSY_STATUS = frozenset({429, 503})
+_BUSY_TEXT = "try again later"
+"""Refused for want of room: the model answered, so it lives. Our models say it in these words, because Triton 2.51
+answers HTTP 400 for every error of a decoupled model."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ def one_token(address: tuple[str, int], model: str, deadline_s: float, prompt: s
     seconds = time.monotonic() - begun
     if status == 200:
         return Verdict("ok", seconds=seconds)
-    return Verdict("busy" if status in _BUSY else "failed", _message(text), seconds)
+    message = _message(text)
+    busy = status in _BUSY_STATUS or _BUSY_TEXT in message
+    return Verdict("busy" if busy else "failed", message, seconds)
 
 
 def _message(body: str) -> str:

@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import triton_python_backend_utils as pb_utils
+from doors import BlsDoor, Door, LineDoor
+from prompts import Prompts
 from relay import Relay, Setting
 from tensors import refuse_unsound_numpy
 from tokenizer import Tokenizer
@@ -30,7 +31,8 @@ class TritonPythonModel:
             key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()
         }
         folder = Path(args["model_repository"]) / args["model_version"] / parameters["tokenizer_dir"]
-        self._setting = Setting(Tokenizer(folder), parameters)
+        tokenizer = Tokenizer(folder)
+        self._setting = Setting(tokenizer, _door(tokenizer, parameters), parameters)
         self._limit = int(parameters["max_concurrent_requests"])
         self._pool = ThreadPoolExecutor(self._limit, thread_name_prefix="relay")
         self._relays: set[Relay] = set()
@@ -49,7 +51,7 @@ class TritonPythonModel:
                     self._relays.add(relay)
             if full:
                 text = f"{self._limit} requests are running or waiting, and this server takes no more: try again later"
-                relay.fail(text, pb_utils.TritonError.UNAVAILABLE)
+                relay.fail(text, "UNAVAILABLE")
             else:
                 self._pool.submit(self._run, relay)
 
@@ -72,3 +74,16 @@ class TritonPythonModel:
                 relays = list(self._relays)
             for relay in relays:
                 relay.look_after()
+
+
+def _door(tokenizer: Tokenizer, parameters: dict[str, str]) -> Door:
+    engine = parameters["tensorrt_llm_model_name"]
+    if parameters["engine_door"] == "bls":
+        return BlsDoor(engine)
+    prompts = Prompts(
+        tokenizer,
+        max_input_len=int(parameters["max_input_len"]),
+        special=parameters["add_special_tokens"].lower() in {"true", "1", "yes"},
+        vocab_size=int(parameters["vocab_size"]),
+    )
+    return LineDoor(engine, prompts)

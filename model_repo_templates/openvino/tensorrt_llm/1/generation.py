@@ -1,4 +1,4 @@
-"""One request in flight, as Triton sees it: tokens come in from the engine, responses go out, exactly one is final.
+"""One request in flight: tokens come in from the engine, responses go out, exactly one is final.
 
 An answer always ends with a response that has tensors, if only empty ones: Triton 2.51 hands an error in the middle of
 a stream to a BLS caller as a response without any, so that this is how ``tensorrt_llm_bls`` knows one.
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import triton_python_backend_utils as pb_utils
+from senders import Sender
 from specification import Specification
 from stop_words import StopMatcher
 
@@ -36,7 +36,7 @@ class Generation:
 
     def __init__(
         self,
-        sender: Any,
+        sender: Sender,
         specification: Specification,
         *,
         request_id: str,
@@ -56,15 +56,15 @@ class Generation:
         self._first_sent = False
         rows = max(len(specification.seeds), int(specification.options.get("num_return_sequences", 1)))
         self._rows = [_Row(StopMatcher(specification.stop_words)) for _ in range(rows)]
-        self._failure: tuple[str, int] | None = None
+        self._failure: tuple[str, str] | None = None
 
     def is_cancelled(self) -> bool:
         """Whether the client has gone. A round trip to Triton of 0.1 ms: not for the hot path."""
         with self._lock:
-            return not self.done and bool(self._sender.is_cancelled())
+            return not self.done and self._sender.is_cancelled()
 
     def absorb(self, event: tuple[Any, ...]) -> bool:
-        """("tokens", row, ids, log probs or None, finish or None), ("stopped",) or ("failed", text, error code).
+        """("tokens", row, ids, log probs or None, finish or None), ("stopped",) or ("failed", text, code).
 
         True when it should be sent at once: first tokens, the end, an error.
         """
@@ -88,9 +88,10 @@ class Generation:
         if self.done:
             return
         if self._failure is not None:
-            # In two: Triton 2.51 never delivers an error that is also final to a BLS caller that waits for more.
-            self._send(_error(*self._failure), final=False)
-            self._send(None, final=True)
+            with self._lock:
+                self.done = True
+                self._sender.fail(*self._failure)
+            self._on_done(self)
             return
         ended = all(row.ended for row in self._rows)
         if not ended and not self.specification.streaming:
@@ -117,7 +118,7 @@ class Generation:
         if row.matcher.stopped and finish is None:
             self._cancel_row(self, index)
 
-    def _response(self, indices: list[int], sequence_index: int) -> Any:
+    def _response(self, indices: list[int], sequence_index: int) -> dict[str, np.ndarray]:
         """The waiting tokens of these rows: output_ids int32 [1, rows, longest], padded."""
         spec, rows = self.specification, [self._rows[index] for index in indices]
         prompt = spec.prompt.tolist() if spec.include_prompt else []
@@ -144,20 +145,12 @@ class Generation:
             tensors["num_input_tokens"] = np.full((1, 1), len(spec.prompt), dtype=np.int32)
         if spec.count_output:
             tensors["num_output_tokens"] = np.full((1, 1), sum(row.sent_tokens for row in rows), dtype=np.int32)
-        return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in tensors.items()])
+        return tensors
 
-    def _send(self, response: Any, *, final: bool) -> None:
+    def _send(self, tensors: dict[str, np.ndarray], *, final: bool) -> None:
         self._first_sent = True
         with self._lock:
-            flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
             self.done = final
-            if response is None:
-                self._sender.send(flags=flags)
-            else:
-                self._sender.send(response, flags=flags)
+            self._sender.send(tensors, final=final)
         if final:
             self._on_done(self)
-
-
-def _error(text: str, code: int) -> Any:
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, code))

@@ -13,10 +13,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import triton_python_backend_utils as pb_utils
+import channel
+import numpy as np
 from engine_client import EngineClient
 from generation import Generation
 from lanes import Lane
+from senders import Line, LineSender, Sender, TritonSender
 from specification import Limits, Specification, specify
 from tensors import RefusedError, read, refuse_unsound_numpy, scalar
 
@@ -51,51 +53,79 @@ class TritonPythonModel:
         self._engine = EngineClient(folder, on_events=self._deliver, on_death=self._fail_all)
         self._housekeeper = threading.Thread(target=self._keep_house, name="housekeeping", daemon=True)
         self._housekeeper.start()
+        self._listener = channel.listen(channel.name_of(args["model_name"]))
+        threading.Thread(target=self._answer_calls, name="listener", daemon=True).start()
 
     def execute(self, requests: list[Any]) -> None:
         """Admit or refuse each request; the answers follow later."""
         for request in requests:
-            sender = request.get_response_sender()
-            try:
-                self._admit(request, sender)
-            except RefusedError as refused:
-                _send_error(sender, str(refused), pb_utils.TritonError.INVALID_ARG)
-            except _UnavailableError as unavailable:
-                _send_error(sender, str(unavailable), unavailable.code)
+            sender = TritonSender(request)
+            inputs = read(request)
+            if not scalar(inputs, "stop", False):
+                self._take(request.request_id(), inputs, sender)
+            elif self._engine.dead is not None:
+                sender.fail(self._engine.dead, "INTERNAL")
+            else:
+                self._stop(request.request_id())
+                sender.end()
 
     def finalize(self) -> None:
         """Called by Triton after all responses are final."""
         self._closing.set()
+        self._listener.close()
         self._housekeeper.join()
         self._engine.close()
         for lane in self._lanes:
             lane.close()
             lane.join()
 
-    def _admit(self, request: Any, sender: Any) -> None:
-        inputs = read(request)
-        if scalar(inputs, "stop", False):
-            if self._engine.dead is not None:
-                raise _UnavailableError(self._engine.dead, pb_utils.TritonError.INTERNAL)
-            self._stop(request.request_id())
-            sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-            return
+    def _take(self, request_id: str, inputs: dict[str, np.ndarray], sender: Sender) -> None:
+        try:
+            self._admit(request_id, inputs, sender)
+        except RefusedError as refused:
+            sender.fail(str(refused), "INVALID_ARG")
+        except _UnavailableError as unavailable:
+            sender.fail(str(unavailable), unavailable.code)
+
+    def _answer_calls(self) -> None:
+        """The private line of ``tensorrt_llm_bls``: one connection for each of its instances."""
+        while True:
+            try:
+                connection = channel.accept(self._listener)
+            except OSError:
+                return
+            if connection is not None:
+                threading.Thread(target=self._attend, args=(Line(connection),), name="line", daemon=True).start()
+
+    def _attend(self, line: Line) -> None:
+        """Messages in: ("ask", id, tensors), ("stop", id)."""
+        try:
+            while True:
+                message = line.connection.recv()
+                if message[0] == "ask":
+                    self._take(message[1], message[2], LineSender(line, message[1]))
+                else:
+                    self._stop(message[1])
+        except (EOFError, OSError):
+            line.closed = True
+
+    def _admit(self, request_id: str, inputs: dict[str, np.ndarray], sender: Sender) -> None:
         specification = specify(inputs, self._limits)
         generation = Generation(
             sender,
             specification,
-            request_id=request.request_id(),
+            request_id=request_id,
             cancel_row=self._cancel_row,
             on_done=self._forget,
         )
         with self._lock:
             if self._engine.dead is not None:
-                raise _UnavailableError(self._engine.dead, pb_utils.TritonError.INTERNAL)
+                raise _UnavailableError(self._engine.dead, "INTERNAL")
             if len(self._active) + len(specification.seeds) > self._max_active:
                 raise _UnavailableError(
                     f"{len(self._active)} requests are running or waiting, and this server takes {self._max_active}: "
                     "try again later",
-                    pb_utils.TritonError.UNAVAILABLE,
+                    "UNAVAILABLE",
                 )
             self._start(generation, specification)
 
@@ -136,7 +166,7 @@ class TritonPythonModel:
             if generation is None:
                 continue
             if finish == "error":
-                event: tuple[Any, ...] = ("failed", detail, pb_utils.TritonError.INTERNAL)
+                event: tuple[Any, ...] = ("failed", detail, "INTERNAL")
             else:
                 event = ("tokens", index + row, ids, log_probs, finish)
             self._lane(generation).put(generation, event)
@@ -144,14 +174,14 @@ class TritonPythonModel:
     def _fail_all(self, reason: str) -> None:
         """The engine is dead. New requests are refused from now on, those in flight get an error."""
         for generation in self._generations():
-            self._lane(generation).put(generation, ("failed", reason, pb_utils.TritonError.INTERNAL))
+            self._lane(generation).put(generation, ("failed", reason, "INTERNAL"))
 
     def _keep_house(self) -> None:
         written: dict[str, Any] | None = None
         while not self._closing.wait(_POLL_S):
             for generation in self._generations():
                 if generation.is_cancelled():
-                    event = ("failed", "the client cancelled this request", pb_utils.TritonError.CANCELLED)
+                    event = ("failed", "the client cancelled this request", "CANCELLED")
                     self._abandon(generation, event)
             status = {**self._status, **self._counts, "active": len(self._active), "engine_pid": self._engine.pid}
             if self._status_file is not None and status != written:
@@ -167,7 +197,7 @@ class TritonPythonModel:
 
 
 class _UnavailableError(RuntimeError):
-    def __init__(self, message: str, code: int) -> None:
+    def __init__(self, message: str, code: str) -> None:
         super().__init__(message)
         self.code = code
 
@@ -183,11 +213,6 @@ def _limits(passport: dict[str, Any], parameters: dict[str, str]) -> Limits:
         max_beam_width=min(int(parameters["max_beam_width"]), limits["max_batch_size"]),
         exclude_input=parameters["exclude_input_in_output"].lower() in {"true", "1"},
     )
-
-
-def _send_error(sender: Any, text: str, code: int) -> None:
-    response = pb_utils.InferenceResponse(error=pb_utils.TritonError(text, code))
-    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 def _write(path: Path, status: dict[str, Any]) -> None:
