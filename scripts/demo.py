@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCALELLM = str(Path(sys.executable).parent / "scalellm")
-PROMPT = "[INST] What is a graphics card? [/INST]"
+PROMPT = "[INST] Hello! Who are you? [/INST]"
 
 
 def run(*argv: str) -> None:

@@ -343,4 +343,4 @@ def test_write_durably_replaces_whole_files(tmp_path: Path) -> None:
 
 def test_shipped_folders_and_facts_are_found() -> None:
     assert (workspace.shipped("recipes")).is_dir()
-    assert set(workspace.facts("quantizations")) == {"weights", "kv"}
+    assert set(workspace.facts("quantizations")) == {"weights", "kv", "methods"}

@@ -46,6 +46,9 @@ class Workers:
 
     def __enter__(self) -> Self:
         self._intra_op = torch.get_num_threads()
+        # Sums in a GEMM or a Cholesky factor depend on how they are split: the same machine must always split alike,
+        # whatever OMP_NUM_THREADS says, so that work resumed under another setting gives the same bits.
+        torch.set_num_threads(self.threads)
         # torch splits one operation over its own threads by default, which costs more than it brings on small blocks.
         self._pool = ThreadPoolExecutor(self.threads, "rows", initializer=torch.set_num_threads, initargs=(1,))
         return self
