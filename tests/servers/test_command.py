@@ -13,7 +13,7 @@ from toolchain.servers.triton.command import (
     server_flags,
 )
 
-SETTINGS = Settings(Path("/work/repository"), Ports(9000, 9001, 9002), exit_timeout_s=7, name="scalellm-1-ab")
+SETTINGS = Settings(Path("/srv/repository"), Ports(9000, 9001, 9002), exit_timeout_s=7, name="scalellm-1-ab")
 FLAGS = (
     "--model-control-mode=explicit",
     "--disable-auto-complete-config",
@@ -47,7 +47,7 @@ def test_local_command_is_exact_and_deletes_its_shared_memory() -> None:
     command = local_command(Path("/t/tritonserver"), SETTINGS, {"A": "1"}, backends=Path("/t/b"), caches=Path("/t/c"))
     assert command.argv == (
         "/t/tritonserver",
-        "--model-repository=/work/repository",
+        "--model-repository=/srv/repository",
         *FLAGS,
         "--backend-directory=/t/b",
         "--cache-directory=/t/c",
@@ -71,7 +71,7 @@ def test_docker_command_is_exact() -> None:
         "--shm-size=1g",
         "--ulimit=memlock=-1",
         "--ulimit=stack=67108864",
-        "--volume=/work/repository:/models:ro",
+        "--volume=/srv/repository:/models:ro",
         "--gpus=all",
         "img:24.10",
         "tritonserver",
