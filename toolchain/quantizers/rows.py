@@ -22,6 +22,11 @@ _MOST_THREADS = 16
 T = TypeVar("T")
 
 
+def _cores() -> int:
+    """The cores that this process may use, as far as it pays to use them."""
+    return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+
+
 class Scratch(threading.local):
     """Buffers of one thread, allocated at first use and then handed out again under the same name."""
 
@@ -41,16 +46,19 @@ class Workers:
     """A few threads, each running torch on one core; use as a context. ``threads`` defaults to the cores we may use."""
 
     def __init__(self, threads: int | None = None) -> None:
-        self.threads = threads or min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+        self.threads = threads or _cores()
         self._scratch = Scratch()
 
     def __enter__(self) -> Self:
         self._intra_op = torch.get_num_threads()
-        # Sums in a GEMM or a Cholesky factor depend on how they are split: the same machine must always split alike,
-        # whatever OMP_NUM_THREADS says, so that work resumed under another setting gives the same bits.
-        torch.set_num_threads(self.threads)
         # torch splits one operation over its own threads by default, which costs more than it brings on small blocks.
         self._pool = ThreadPoolExecutor(self.threads, "rows", initializer=torch.set_num_threads, initargs=(1,))
+        everyone = threading.Barrier(self.threads)
+        list(self._pool.map(lambda _: everyone.wait(), range(self.threads)))
+        # Sums in a GEMM or a Cholesky factor depend on how they are split: the same machine must always split alike,
+        # whatever OMP_NUM_THREADS says, so that resumed work gives the same bits. After the threads have started,
+        # because a part of what each of them sets (MKL's threads) holds for the whole process.
+        torch.set_num_threads(_cores())
         return self
 
     def __exit__(
