@@ -77,7 +77,6 @@ def quantize(
     a group's weights with all earlier errors made up for. Raises NotFiniteError for NaN or infinity in either argument.
     The result does not depend on the number of workers.
     """
-    upper = (hessian if isinstance(hessian, Factor) else factor(hessian, damp)).upper
     rows, columns = weight.shape
     packed = torch.empty(rows // 2, columns, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(rows, columns // group_size, dtype=torch.float32, device=weight.device)
@@ -100,6 +99,7 @@ def quantize(
         return WeightError(float(torch.dot(flat, flat)), squared_norm)
 
     with Workers() if workers is None else nullcontext(workers) as pool:
+        upper = (hessian if isinstance(hessian, Factor) else factor(hessian, damp)).upper
         parts = pool.over_rows(weight[:, :_COLUMNS_IN_FLIGHT], block)
     return Int4Matrix(packed, scale, total(parts))
 
