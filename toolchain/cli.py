@@ -24,6 +24,20 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Path = click.Path(path_type=Path)
 
 
+def _work_flag(help_text: str = "Where artifacts live.") -> Callable[[_Function], _Function]:
+    """``--work``, the same for every verb that reads or makes artifacts."""
+    return click.option(
+        "-w",
+        "--work",
+        type=_Path,
+        default=Path("scalellm-work"),
+        show_default=True,
+        envvar="SCALELLM_WORK",
+        metavar="DIR",
+        help=help_text,
+    )
+
+
 def _common(function: _Function) -> _Function:
     """``--json`` and ``-v``, which every verb takes."""
     function = click.option("--json", "json_output", is_flag=True, help="Print one JSON object on standard output.")(
@@ -45,16 +59,7 @@ def _recipe_flags(function: _Function) -> _Function:
                 help="A recipe file, or the name of one in ./, ./recipes or the shipped recipes.",
             ),
             click.option("-m", "--model", metavar="DIR|ORG/NAME", help="Use this model instead of the recipe's."),
-            click.option(
-                "-w",
-                "--work",
-                type=_Path,
-                default=Path("scalellm-work"),
-                show_default=True,
-                envvar="SCALELLM_WORK",
-                metavar="DIR",
-                help="Where artifacts live.",
-            ),
+            _work_flag(),
         ]
     ):
         function = option(function)
@@ -154,16 +159,7 @@ def package(recipe: str, model: str | None, work: Path, explain: bool, json_outp
 @verbs.command()
 @click.option("-r", "--recipe", metavar="FILE|NAME", shell_complete=_complete_recipe, help="The recipe that was built.")
 @click.option("--repository", type=_Path, metavar="DIR", help="Serve this Triton repository instead of a recipe's.")
-@click.option(
-    "-w",
-    "--work",
-    type=_Path,
-    default=Path("scalellm-work"),
-    show_default=True,
-    envvar="SCALELLM_WORK",
-    metavar="DIR",
-    help="Where artifacts live.",
-)
+@_work_flag()
 @click.option("--host", metavar="ADDRESS", help="Bind to this address. [default: the recipe's, else 127.0.0.1]")
 @click.option("--http-port", type=click.IntRange(1, 65535), help="[default: the recipe's, else 8000]")
 @click.option("--grpc-port", type=click.IntRange(1, 65535), help="[default: the recipe's, else 8001]")
@@ -352,16 +348,7 @@ def recipes_schema() -> None:
 
 
 @verbs.command()
-@click.option(
-    "-w",
-    "--work",
-    type=_Path,
-    default=Path("scalellm-work"),
-    show_default=True,
-    envvar="SCALELLM_WORK",
-    metavar="DIR",
-    help="Where artifacts live; every one found there is checked.",
-)
+@_work_flag("Where artifacts live; every one found there is checked.")
 @_common
 def doctor(work: Path, json_output: bool, verbose: int) -> None:
     """Check this machine and the artifacts on it; say what is missing and what to type.
