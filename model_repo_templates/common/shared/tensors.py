@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,3 +77,9 @@ def refuse(inputs: dict[str, np.ndarray], unsupported: dict[str, str], neutral: 
         array = inputs.get(name)
         if array is not None and not says_nothing(array, (neutral or {}).get(name, 0.0)):
             raise RefusedError(f"{name}: {why}")
+
+
+def settings(args: dict[str, str]) -> tuple[dict[str, str], Path]:
+    """What Triton gives ``initialize`` -> the parameters of config.pbtxt, and the tokenizer's folder."""
+    parameters = {key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()}
+    return parameters, Path(args["model_repository"]) / args["model_version"] / parameters["tokenizer_dir"]

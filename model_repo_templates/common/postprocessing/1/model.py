@@ -7,14 +7,12 @@ text through ``tensorrt_llm_bls``, which remembers.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from detokenizer import Anchor
-from tensors import read, refuse_unsound_numpy
+from tensors import read, refuse_unsound_numpy, settings
 from texts import detokenize
 from tokenizer import Tokenizer
 
@@ -24,10 +22,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         refuse_unsound_numpy()
-        parameters = {
-            key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()
-        }
-        folder = Path(args["model_repository"]) / args["model_version"] / parameters["tokenizer_dir"]
+        parameters, folder = settings(args)
         self._tokenizer = Tokenizer(folder)
         self._anchor = Anchor(self._tokenizer)
         self._skip_special = parameters["skip_special_tokens"].lower() in {"true", "1", "yes"}

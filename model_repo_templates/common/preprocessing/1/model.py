@@ -6,14 +6,12 @@ it knows nothing of engines.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from prompts import Prompts
-from tensors import RefusedError, read, refuse_unsound_numpy
+from tensors import RefusedError, read, refuse_unsound_numpy, settings
 from tokenizer import Tokenizer
 
 
@@ -22,10 +20,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         refuse_unsound_numpy()
-        parameters = {
-            key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()
-        }
-        folder = Path(args["model_repository"]) / args["model_version"] / parameters["tokenizer_dir"]
+        parameters, folder = settings(args)
         self._prompts = Prompts(
             Tokenizer(folder),
             max_input_len=int(parameters["max_input_len"]),

@@ -7,16 +7,14 @@ waits; one more thread looks every 0.2 s whose client has gone. The same files s
 
 from __future__ import annotations
 
-import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from doors import BlsDoor, Door, LineDoor
 from prompts import Prompts
 from relay import Relay, Setting
-from tensors import refuse_unsound_numpy
+from tensors import refuse_unsound_numpy, settings
 from tokenizer import Tokenizer
 
 _POLL_S = 0.2
@@ -27,10 +25,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         refuse_unsound_numpy()
-        parameters = {
-            key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()
-        }
-        folder = Path(args["model_repository"]) / args["model_version"] / parameters["tokenizer_dir"]
+        parameters, folder = settings(args)
         tokenizer = Tokenizer(folder)
         self._setting = Setting(tokenizer, _door(tokenizer, parameters), parameters)
         self._limit = int(parameters["max_concurrent_requests"])
