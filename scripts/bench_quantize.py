@@ -1,8 +1,10 @@
 """Quantize a Llama of random weights, whole, and compare it with a plain copy of the same bytes on the same disk.
 
     python scripts/bench_quantize.py --shape 13b --runs int4-mse,int4-modelopt,fp8 --work /somewhere/with/room
+    python scripts/bench_quantize.py --shape 13b --runs fp8-calibrated,awq --work /somewhere/with/room
 
-Makes the checkpoint on the spot (normal-like fp16 values, shards of up to 5 GB). Then, for each run: a plain copy
+Makes the checkpoint on the spot (normal-like fp16 values, a few large channels in the norms, shards of up to 5 GB).
+Calibrated runs see --samples rows of --tokens random token ids. Then, for each run: a plain copy
 (read, write, fsync, in pieces), deleted again, and `quantize` with its stamp and rename in a process of its own.
 Both start with the page cache of the model's files dropped (posix_fadvise DONTNEED; --warm leaves it alone), and both
 end with fsynced bytes. Wall time of quantize is that of its whole process, imports included. With --engine, each result
@@ -19,6 +21,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,7 +36,15 @@ SHAPES = {  # hidden, intermediate, layers, heads, kv heads, vocabulary
     "1b": (2048, 5632, 22, 32, 4, 32000),
     "tiny": (256, 768, 4, 4, 2, 2048),
 }
-RUNS = {"int4-mse": ("int4", "mse"), "int4-modelopt": ("int4", "modelopt"), "fp8": ("fp8", "modelopt")}
+RUNS: dict[str, dict[str, Any]] = {  # what `quantize` is told; those with a "method" or "calibrated" see tokens
+    "int4-mse": {"weights": "int4", "scales": "mse"},
+    "int4-modelopt": {"weights": "int4", "scales": "modelopt"},
+    "fp8": {"weights": "fp8"},
+    "fp8-calibrated": {"weights": "fp8", "kv": "fp8", "calibrated": True},
+    "awq": {"weights": "int4", "scales": "mse", "method": "awq", "kv": "int8", "calibrated": True},
+    "gptq": {"weights": "int4", "scales": "mse", "method": "gptq", "kv": "int8", "calibrated": True},
+}
+OUTLIERS, OUTLIER_SIZE = 8, 12.0  # channels of each norm that are so many times as large as the others
 PIECE = 16 * 2**20
 BLOCK = 64 * 2**20  # distinct random values: 128 MiB of fp16, read from ever new offsets
 
@@ -43,7 +54,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="1b", help="which Llama to imitate (default 1b)")
     parser.add_argument("--runs", default="int4-mse", help=f"comma-separated, of {', '.join(RUNS)}")
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--kv", default="fp16")
+    parser.add_argument("--samples", type=int, default=4, help="rows of token ids in calibrated runs (default 4)")
+    parser.add_argument("--tokens", type=int, default=256, help="token ids in each row (default 256)")
     parser.add_argument("--work", type=Path, default=Path("bench-quantize"), help="where to write; removed at the end")
     parser.add_argument("--keep", action="store_true", help="keep the random checkpoint, and use it next time")
     parser.add_argument("--warm", action="store_true", help="do not drop the page cache before each measurement")
@@ -122,7 +134,8 @@ def write_random(folder: Path, shards: list[Any], total: int) -> None:
     block = np.concatenate(
         [(random.standard_normal(BLOCK // 16, np.float32) * 0.02).astype(np.float16) for _ in range(16)]
     )
-    ones = np.ones(max(size[0] for size in SHAPES.values()), np.float16)
+    norm = np.ones(max(size[0] for size in SHAPES.values()), np.float16)
+    norm[random.choice(SHAPES["tiny"][0], OUTLIERS, replace=False)] = OUTLIER_SIZE
     done = Ticker(total)
     with ShardWriter(folder, shards) as writer:
         for unit in writer.units_left:
@@ -130,7 +143,7 @@ def write_random(folder: Path, shards: list[Any], total: int) -> None:
             while left:
                 count = min(left, PIECE // 2)
                 start = int(random.integers(0, BLOCK - count))
-                values = ones[:count] if "norm" in unit.name else block[start : start + count]
+                values = norm[:count] if "norm" in unit.name else block[start : start + count]
                 writer.put(unit.name, values.view(np.uint8))
                 done(count * 2)
                 left -= count
@@ -196,12 +209,12 @@ class Lines:
         pass
 
 
-def child(source: str, out: str, run: str, group_size: int, kv: str) -> None:
+def child(source: str, out: str, run: str, args: argparse.Namespace) -> None:
     """In a process of its own: quantize (or build), commit, and print what the kernel says about this process."""
     from toolchain import workspace
     from toolchain.checkpoint import Checkpoint
 
-    start = time.monotonic()
+    start, anonymous = time.monotonic(), AnonymousMemory()
     checkpoint = Checkpoint.open(Path(source))
     with workspace.draft(Path(out), "bench", {"run": run}) as draft:
         if run == "engine":
@@ -211,10 +224,44 @@ def child(source: str, out: str, run: str, group_size: int, kv: str) -> None:
         else:
             from toolchain.stages.quantize import quantize
 
-            weights, scales = RUNS[run]
-            quantize(checkpoint, draft, weights=weights, group_size=group_size, scales=scales, kv=kv, progress=Lines())
+            words = {"group_size": args.group_size, "scales": "modelopt", "kv": "fp16", **RUNS[run]}
+            samples = random_samples(checkpoint.config.vocab_size, args) if words.pop("calibrated", False) else None
+            quantize(checkpoint, draft, **words, samples=samples, progress=Lines())
         draft.commit(versions={}, recipe="")
-    print(json.dumps({"stage_s": time.monotonic() - start, **self_measured()}))
+    measured = {"peak_anonymous_bytes": anonymous.stop(), **self_measured()}
+    print(json.dumps({"stage_s": time.monotonic() - start, **measured}))
+
+
+def random_samples(vocabulary: int, args: argparse.Namespace) -> Any:
+    import hashlib
+
+    import numpy as np
+
+    from toolchain.quantizers.samples import Samples
+
+    ids = np.random.default_rng(1).integers(0, vocabulary, (args.samples, args.tokens)).astype(np.int32)
+    return Samples(token_ids=ids, digest=hashlib.sha256(ids.tobytes()).hexdigest(), source="random token ids")
+
+
+class AnonymousMemory:
+    """The largest RssAnon of this process, looked at 20 times a second: memory that no file stands behind."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> int:
+        self._done.set()
+        self._thread.join()
+        return self.peak_bytes
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.05):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            now = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+            self.peak_bytes = max(self.peak_bytes, now * 1024)
 
 
 def self_measured() -> dict[str, Any]:
@@ -234,7 +281,8 @@ def self_measured() -> dict[str, Any]:
 
 def in_child(source: Path, out: Path, run: str, args: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "--child", str(source), str(out), run]
-    command += ["--group-size", str(args.group_size), "--kv", args.kv]
+    for flag in ("group_size", "samples", "tokens"):
+        command += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
     start = time.monotonic()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     wall_s = time.monotonic() - start
@@ -286,7 +334,7 @@ def prepare(model: Path, args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.child:
-        child(*args.child, args.group_size, args.kv)
+        child(*args.child, args)
         return 0
     args.work.mkdir(parents=True, exist_ok=True)
     model = args.work / f"model-{args.shape}"
@@ -326,12 +374,16 @@ def show(args: argparse.Namespace, total: int, rows: list[dict[str, Any]]) -> No
         print(json.dumps({**head, "runs": rows}, indent=2))
         return
     print(f"{args.shape}, {total / 1e9:.2f} GB of fp16, {head['cores']} cores, page cache {cache}")
-    print("run             copy s      wall s  ratio  peak RSS MiB  read GB  written GB  CPU s  rel. error  load")
+    print(
+        "run             copy s      wall s  ratio  peak RSS MiB  anonymous MiB  read GB  written GB  CPU s  rel. error"
+        "  load"
+    )
     for row in rows:
         error = f"{row['mean_relative_error']:.4f}" if "mean_relative_error" in row else "-"
         print(
             f"{row['run']:15} {row['copy_s']:6.1f}  {row['wall_s']:10.1f}  {row['ratio']:5.2f}  "
-            f"{row['peak_rss_bytes'] / 2**20:12.0f}  {row['read_bytes'] / 1e9:7.2f}  "
+            f"{row['peak_rss_bytes'] / 2**20:12.0f}  {row['peak_anonymous_bytes'] / 2**20:13.0f}  "
+            f"{row['read_bytes'] / 1e9:7.2f}  "
             f"{row['written_bytes'] / 1e9:10.2f}  {row['cpu_s']:5.0f}  {error:>10}  "
             f"{row['load']}"
         )
