@@ -62,7 +62,7 @@ FIVE_MISTAKES = """\
 model: some/folder
 device: rtx4099
 quantization:
-  weights: int5
+  weights: int-4
   group_sise: 64
 
 limits:

@@ -285,7 +285,9 @@ def quantized_shapes(
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name -> (safetensors dtype or "" for any float, shape) of every obligatory tensor of a checkpoint.
 
-    int4: weight U8 [out/2, in], weight_scale F32 [out, in/group]. fp8: weight F8_E4M3 [out, in], weight_scale F32 [].
+    int4: weight U8 [out/2, in], weight_scale F32 [out, in/group]; W4A8 also weight_scale_2 and input_scale F32 [].
+    int8: weight I8 [out, in], weight_scale F32 [out]; SmoothQuant also input_scale F32 [] and pre_quant_scale [in].
+    fp8: weight F8_E4M3 [out, in], weight_scale F32 [].
     """
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
         name: ("", shape) for name, shape in family.expected_tensors(config).items()
@@ -293,17 +295,28 @@ def quantized_shapes(
     algo = quantization.quant_algo if quantization else None
     if algo is None or quantization is None:
         return shapes
+    group = quantization.group_size or 128
     for layer, linear in family.layer_linears(config):
         name = family.linear_name(layer, linear)
-        rows, columns = family.linear_shape(config, linear)
-        if algo == "FP8":
-            shapes[f"{name}.weight"] = ("F8_E4M3", (rows, columns))
-            shapes[f"{name}.weight_scale"] = ("F32", ())
-        else:
-            group = quantization.group_size or 128
-            shapes[f"{name}.weight"] = ("U8", (rows // 2, columns))
-            shapes[f"{name}.weight_scale"] = ("F32", (rows, columns // group))
+        of_linear = _linear_shapes(algo, *family.linear_shape(config, linear), group)
+        shapes |= {f"{name}.{suffix}": kind for suffix, kind in of_linear.items()}
     return shapes
+
+
+def _linear_shapes(algo: str, rows: int, columns: int, group: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The obligatory tensors of one linear layer [rows, columns], by suffix."""
+    found: dict[str, tuple[str, tuple[int, ...]]]
+    if algo == "FP8":
+        return {"weight": ("F8_E4M3", (rows, columns)), "weight_scale": ("F32", ())}
+    if algo in ("W8A16", "W8A8_SQ_PER_CHANNEL"):
+        found = {"weight": ("I8", (rows, columns)), "weight_scale": ("F32", (rows,))}
+        if algo == "W8A8_SQ_PER_CHANNEL":
+            found |= {"input_scale": ("F32", ()), "pre_quant_scale": ("", (columns,))}
+        return found
+    found = {"weight": ("U8", (rows // 2, columns)), "weight_scale": ("F32", (rows, columns // group))}
+    if algo == "W4A8_AWQ":
+        found |= {"weight_scale_2": ("F32", ()), "input_scale": ("F32", ())}
+    return found
 
 
 _OPTIONAL_SUFFIXES = (".input_scale", ".pre_quant_scale", ".k_scale", ".v_scale")

@@ -29,7 +29,12 @@ FUSED_ATTENTION_SM = 80
 """Oldest SM for fused context attention in releases that still know SM 75: fmhaRunner.cpp @0.12.0.dev2024080600 takes
 70, 80, 86, 89 and 90 and aborts on 75."""
 
-_SPOKEN = {"fp8": "FP8, which begins with SM 8.9", "int4": "int4 kernels", "cpu": "32-bit KV cache"}
+_SPOKEN = {
+    "fp8": "FP8, which begins with SM 8.9",
+    "int4": "int4 kernels",
+    "w8a8": "INT8 x INT8 kernels of TensorRT-LLM, which begin with SM 8.0",
+    "cpu": "32-bit KV cache",
+}
 
 
 @dataclass(frozen=True)
@@ -142,19 +147,15 @@ def choose_calibration(
 ) -> bool:
     """Whether text runs through the model when its checkpoint is made, and what for; also notes how int4 is rounded."""
     asked, given = recipe.quantization, recipe.calibration
+    _rounding(recipe, weights, notes)
+    _activations(weights, backend, notes)
     needs = []
-    if weights.group_sizes:
-        method = METHODS[asked.method]
-        notes.decide("method", method.name, method.summary, method.source)
-        if asked.clip:
-            notes.decide("clip", True, "the clipping of each group is searched by the layer's output")
-        needs.append((f"method {method.name}", method.calibration))
-    if weights.name == "fp8":
-        shared = "one weight scale for q, k and v and one for gate and up: TensorRT-LLM multiplies them fused"
-        separate = "one weight scale per matrix, as ModelOpt's unified export; a TensorRT-LLM engine rounds them again"
-        notes.decide("fp8_scales", asked.fp8_scales, shared if asked.fp8_scales == "shared" else separate)
+    if weights.name == "int4":
+        needs.append((f"method {asked.method}", METHODS[asked.method].calibration))
+    if backend != "openvino" or weights.calibrated_always:
+        needs.append((f"{weights.name} weights", weights.calibration))
     if backend != "openvino":
-        needs += [(f"{weights.name} weights", weights.calibration), (f"{kv.name} KV", kv.calibration)]
+        needs.append((f"{kv.name} KV", kv.calibration))
     told = [f"{what} needs {measured}" for what, measured in needs if measured]
     if not told:
         notes.decide("calibration", None, "nothing in this checkpoint is measured on text")
@@ -169,6 +170,35 @@ def choose_calibration(
     quantized = "each layer is calibrated on what the quantized layers before it give"
     notes.decide("propagate", asked.propagate, clean if asked.propagate == "clean" else quantized)
     return True
+
+
+def _rounding(recipe: Recipe, weights: WeightScheme, notes: Notes) -> None:
+    """How the weights are rounded: what is particular to each scheme."""
+    asked = recipe.quantization
+    if weights.group_sizes:
+        method = METHODS["awq" if weights.name == "int4_fp8" else asked.method]
+        notes.decide("method", method.name, method.summary, method.source)
+        if asked.clip:
+            notes.decide("clip", True, "the clipping of each group is searched by the layer's output")
+    if weights.name == "int8_sq":
+        reason = "how much of the inputs' outliers the weights take over: 0 none, 1 all; 0.5 shares them evenly"
+        notes.decide("smoothquant_alpha", asked.smoothquant_alpha, reason, weights.source)
+    if weights.name == "fp8":
+        shared = "one weight scale for q, k and v and one for gate and up: TensorRT-LLM multiplies them fused"
+        separate = "one weight scale per matrix, as ModelOpt's unified export; a TensorRT-LLM engine rounds them again"
+        notes.decide("fp8_scales", asked.fp8_scales, shared if asked.fp8_scales == "shared" else separate)
+
+
+def _activations(weights: WeightScheme, backend: str, notes: Notes) -> None:
+    """What becomes of the linear layers' inputs, where the scheme means to round them."""
+    if not weights.activations:
+        return
+    if backend == "openvino":
+        reason = f"OpenVINO takes {weights.name} as weights and multiplies them with 16- or 32-bit activations"
+        notes.decide("activations", "16 or 32 bits", reason, backends()[backend].source)
+    else:
+        reason = "the engine rounds the input of each linear layer to 8 bits, by a scale that is measured beforehand"
+        notes.decide("activations", weights.activations, reason, weights.source)
 
 
 def _precision(recipe: Recipe, notes: Notes) -> None:
@@ -286,8 +316,9 @@ def check_shapes(recipe: Recipe, config: LlamaConfig, group_size: int | None, ta
         return
     uneven = list(_uneven(config, group_size, tp))
     if uneven:
-        finer = [size for size in WEIGHTS["int4"].group_sizes if not list(_uneven(config, size, tp))]
-        hint = f"Use group_size: {finer[0]}" if finer else "Use weights: fp8 or none, or another tp"
+        sizes = WEIGHTS[recipe.quantization.weights].group_sizes
+        finer = [size for size in sizes if not list(_uneven(config, size, tp))]
+        hint = f"Use group_size: {finer[0]}" if finer else "Use weights: fp8, int8 or none, or another tp"
         notes.refuse(f"quantization.group_size {group_size} does not divide " + "; ".join(uneven), hint)
     odd = [linear for linear in LINEARS if linear_shape(config, linear)[0] % 2]
     if odd:

@@ -44,7 +44,7 @@ class Passport:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     weights: str
-    """``"none"``, ``"fp8"`` or ``"int4"``."""
+    """``"none"``, ``"fp8"``, ``"int4"`` ...: a key of ``quantization.WEIGHTS``."""
     group_size: int | None
     kv: str
     limits: Limits

@@ -98,7 +98,7 @@ def _shapes(config: LlamaConfig) -> Iterator[tuple[int, int]]:
 
 
 def scale_bytes(config: LlamaConfig, weights: WeightScheme, group_size: int, *, bytes_per_scale: int) -> int:
-    """Bytes of the weights' scales: out x in / group for int4, one per matrix for fp8, none otherwise.
+    """Bytes of the weights' scales: per group (int4), output channel (int8) or matrix (fp8).
 
     ``bytes_per_scale`` of int4: 4 in the checkpoint and on a CPU; 2 in a TensorRT-LLM engine, which casts them.
     """
@@ -197,7 +197,7 @@ def _fixed(
     dtype_bytes = config.dtype_bytes if device.is_cpu else 2
     bits = weights.bits if weights.quant_algo else dtype_bytes * 8
     why = f" / (tp {tp} x pp {pp})" if tp * pp > 1 else ""
-    if device.is_cpu and bits == 8:
+    if device.is_cpu and weights.quant_algo == "FP8":
         bits, why = CPU_FP8_BITS, ", unpacked: OpenVINO multiplies no FP8 (with precision f32 twice that)"
     share = ceil(config.num_layers / pp) / config.num_layers / tp
     yield MemoryLine(
@@ -208,7 +208,8 @@ def _fixed(
     bytes_per_scale = 4 if device.is_cpu or not weights.group_sizes else 2
     scales = scale_bytes(config, weights, group_size, bytes_per_scale=bytes_per_scale)
     if scales:
-        what = f"one per {group_size} input channels" if weights.group_sizes else "one per matrix"
+        shared = {"group": f"{group_size} input channels", "row": "output channel"}
+        what = f"one per {shared.get(weights.scale, weights.scale)}"
         yield MemoryLine("weight scales", ceil(scales * share), f"{what}, {bytes_per_scale} B each")
     table = config.vocab_size * config.hidden_size * dtype_bytes
     tables = [table] if config.tied_embeddings else [table, ceil(table / tp)]

@@ -136,6 +136,7 @@ class Job:
             clip=asked.clip,
             fp8_scales=asked.fp8_scales,
             propagate=asked.propagate,
+            smoothquant_alpha=asked.smoothquant_alpha,
             samples=self._samples(model) if calibrated else None,
         )
         report = draft.path / quantize_stage.REPORT

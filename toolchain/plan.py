@@ -97,13 +97,15 @@ class Plan:
         """What the bits of the checkpoint depend on beyond the scheme; empty for what needs no text and no choice."""
         asked, given = self.recipe.quantization, self.recipe.calibration
         fp8_scales = asked.fp8_scales if self.weights.name == "fp8" else None
+        alpha = {"smoothquant_alpha": asked.smoothquant_alpha} if self.weights.name == "int8_sq" else {}
         if not self.calibrates:
             return {"fp8_scales": fp8_scales} if fp8_scales == "separate" else {}
         return {
-            "method": asked.method if self.group_size else None,
+            "method": asked.method if self.weights.name == "int4" else None,
             "clip": asked.clip if self.group_size else None,
             "fp8_scales": fp8_scales,
             "propagate": asked.propagate,
+            **alpha,
             "calibration": given.model_dump(),
         }
 
@@ -265,15 +267,20 @@ def _explain(
 def _warnings(recipe: Recipe, weights: WeightScheme, kv: KvScheme, target: Device, backend: str) -> Iterator[str]:
     """What a user should know before building, with the source."""
     if target.is_cpu:
+        if weights.calibrated_always:
+            yield (
+                f"{weights.name} also rounds the inputs of the linear layers to 8 bits, and the CPU engine does not: "
+                "the quality and speed that are measured here are those of the weights alone"
+            )
         return
     if kv.name == "int8":
         yield "INT8 KV is a common cause of bad text (TensorRT-LLM issues 967, 453): check quality"
     if weights.name == "int4":
         yield "int4 weights save memory and speed up decoding, not the first token (TensorRT-LLM issues 1565, 2487)"
-    if target.sm == 75 and weights.name == "int4":
+    if target.sm == 75 and weights.name in ("int4", "int8"):
         yield (
-            "released wheels have no SM 75 code, and their int4 kernels give errors or garbage on a T4: build "
-            "TensorRT-LLM for 75-real (TensorRT-LLM issues 771, 396, 1182), and check quality before use"
+            f"released wheels have no SM 75 code, and their {weights.name} kernels give errors or garbage on a T4: "
+            "build TensorRT-LLM for 75-real (TensorRT-LLM issues 771, 396, 1182), and check quality before use"
         )
     if recipe.services > 1 and backend != "openvino":
         yield "NVIDIA advises against several engines on one GPU (tensorrtllm_backend docs/llama_multi_instance.md)"

@@ -26,12 +26,22 @@ class WeightScheme:
     source: str
     calibration: str = ""
     """What a backend with static scales (TensorRT-LLM) needs measured; empty where nothing."""
+    calibrated_always: bool = False
+    """Whether the weights depend on that, so that every backend needs it."""
+    scale: str = ""
+    """What shares one scale of the weights: ``"matrix"``, ``"row"`` or ``"group"``; empty where there is none."""
+    activations: str = ""
+    """The 8-bit format that a TensorRT-LLM engine rounds the linears' inputs to; empty where they keep 16 bits."""
 
     def scale_bytes(self, out_features: int, in_features: int, group_size: int) -> int:
-        """Bytes of fp32 scales for one matrix [out, in]: per group for int4, one for fp8, none otherwise."""
-        if self.group_sizes:
-            return out_features * (in_features // group_size) * 4
-        return 4 if self.quant_algo else 0
+        """Bytes of the weights' fp32 scales for one matrix [out, in]: one per group, row or matrix.
+
+        Group-wise weights with 8-bit activations have one more for the whole matrix (``weight_scale_2``).
+        """
+        if self.scale == "group":
+            groups = out_features * (in_features // group_size)
+            return (groups + bool(self.activations)) * 4
+        return {"": 0, "matrix": 1, "row": out_features}[self.scale] * 4
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,9 @@ def _weights() -> dict[str, WeightScheme]:
             summary=row["summary"],
             source=row["source"],
             calibration=row.get("calibration", ""),
+            calibrated_always=row.get("calibrated") == "always",
+            scale=row.get("scale", ""),
+            activations=row.get("activations", ""),
         )
         for name, row in rows.items()
     }

@@ -19,6 +19,7 @@ from toolchain import workspace
 from toolchain.device import closest_device, devices, find_device
 from toolchain.errors import RecipeError
 from toolchain.problems import Count, Few, MarkedYaml, Name, Port, Section, Text, has_keys, not_a_choice, read_text
+from toolchain.quantization import WEIGHTS
 from toolchain.release import releases
 from toolchain.units import parse_bytes
 
@@ -82,18 +83,21 @@ def _offer_releases(schema: dict[str, Any]) -> None:
 class Quantization(Section):
     """How the linear layers' weights are stored. Embeddings, norms and head keep the model's own dtype."""
 
-    weights: Literal["none", "fp8", "int4"] = Field(
+    weights: Literal["none", "fp8", "int4", "int8", "int8_sq", "int4_fp8"] = Field(
         default="none",
         description="none: as they are. fp8: e4m3, one scale per matrix; needs SM 8.9 or newer. "
-        "int4: symmetric, one scale per group of input channels, 16-bit activations (W4A16).",
+        "int4: symmetric, one scale per group of input channels, 16-bit activations (W4A16). "
+        "int8: symmetric, one scale per output channel, 16-bit activations (W8A16). "
+        "int8_sq: SmoothQuant, int8 weights and activations (W8A8); calibrated; needs SM 8.0 or newer. "
+        "int4_fp8: int4 weights by AWQ and fp8 activations (W4A8); calibrated; needs SM 8.9 or newer.",
     )
     group_size: Literal[64, 128] = Field(
-        default=128, description="Input channels that share one scale; only with int4."
+        default=128, description="Input channels that share one scale; only with int4, and int4_fp8, which takes 128."
     )
     scales: Literal["modelopt", "mse"] = Field(
         default="mse",
-        description="How int4 scales are chosen; only with int4. modelopt: amax / 7, as NVIDIA ModelOpt does. "
-        "mse: the clipping of that range with the least squared error.",
+        description="How int4 scales are chosen; only with int4 or int4_fp8. modelopt: amax / 7, as NVIDIA ModelOpt "
+        "does. mse: the clipping of that range with the least squared error.",
     )
     method: Literal["rtn", "awq", "gptq"] = Field(
         default="rtn",
@@ -102,23 +106,29 @@ class Quantization(Section):
         "that are not rounded yet. awq and gptq are calibrated.",
     )
     clip: Switch = Field(
-        default=False, description="Search the clipping of each group by the layer's output; only with method awq."
+        default=False,
+        description="Search the clipping of each group by the layer's output; only with method awq or int4_fp8.",
     )
     fp8_scales: Literal["shared", "separate"] = Field(
         default="shared",
         description="Only with fp8. shared: q, k and v have one weight scale, gate and up another, as TensorRT-LLM's "
         "fused matrices need. separate: one per matrix, as NVIDIA ModelOpt's unified export writes them.",
     )
+    smoothquant_alpha: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.5,
+        description="Only with int8_sq: how much of the activations' outliers the weights take over, from 0 (none) "
+        "to 1 (all, as NVIDIA ModelOpt does by default).",
+    )
     propagate: Literal["clean", "quantized"] = Field(
         default="clean",
-        description="What the next layer is calibrated on; only with fp8 or int4. clean: the outputs of the layers as "
+        description="What the next layer is calibrated on; not with none. clean: the outputs of the layers as "
         "they were, as NVIDIA ModelOpt does. quantized: those of the quantized layers.",
     )
 
 
 class Calibration(Section):
     """The text on which ranges of activations are measured. Read only where something needs it: method awq or gptq,
-    and in TensorRT-LLM engines fp8 weights and int8 or fp8 caches."""
+    weights int8_sq or int4_fp8, and in TensorRT-LLM engines fp8 weights and int8 or fp8 caches."""
 
     data: Annotated[Text, AfterValidator(_calibration_data)] = Field(
         default="builtin",
@@ -341,12 +351,13 @@ def _contradictions(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], 
 
 
 _NEEDED_WEIGHTS = {
-    "group_size": ("int4",),
-    "scales": ("int4",),
+    "group_size": ("int4", "int4_fp8"),
+    "scales": ("int4", "int4_fp8"),
     "method": ("int4",),
-    "clip": ("int4",),
+    "clip": ("int4", "int4_fp8"),
     "fp8_scales": ("fp8",),
-    "propagate": ("fp8", "int4"),
+    "smoothquant_alpha": ("int8_sq",),
+    "propagate": ("fp8", "int4", "int8", "int8_sq", "int4_fp8"),
 }
 """Key of ``quantization`` -> the weights that it says something about."""
 
@@ -354,12 +365,19 @@ _NEEDED_WEIGHTS = {
 def _quantization_contradictions(quantization: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     """A key that says nothing about the weights that are chosen; quiet where the choice itself is wrong."""
     weights = quantization.get("weights", "none")
-    known = weights in ("none", "fp8", "int4")
+    known = isinstance(weights, str) and weights in WEIGHTS
     for key, needed in _NEEDED_WEIGHTS.items():
         if known and key in quantization and weights not in needed:
             yield ("quantization", key), f"only with weights: {' or '.join(needed)}"
-        elif key == "clip" and quantization.get("clip") is True and quantization.get("method", "rtn") != "awq":
+        elif key == "clip" and weights == "int4" and _clips(quantization):
             yield ("quantization", key), "only with method: awq"
+    if weights == "int4_fp8" and quantization.get("group_size") == 64:
+        yield ("quantization", "group_size"), "only 128 with weights: int4_fp8: TensorRT-LLM has no other kernel"
+
+
+def _clips(quantization: Mapping[str, Any]) -> bool:
+    """Whether clipping is asked for without the method that knows it."""
+    return quantization.get("clip") is True and quantization.get("method", "rtn") != "awq"
 
 
 def _section(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:

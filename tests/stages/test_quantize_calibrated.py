@@ -122,7 +122,7 @@ def test_awq_and_gptq_give_logits_nearer_to_the_models_than_plain_rounding(outly
 
 def test_awq_keeps_what_the_unrounded_layer_computes(outlying: Path, tmp_path: Path) -> None:
     """Scales that are folded away leave W x as it is: the inputs of the matrices times the stored weights, before and
-    after, differ by int4's rounding alone, which the report states."""
+    after, differ by int4's rounding alone, which the report states, with the scales taken back."""
     made = calibrate(outlying, tmp_path / "out", **WAYS["awq"])
     source, written = tensors_of(outlying), tensors_of(made)
     changed = {
@@ -147,8 +147,8 @@ def test_awq_keeps_what_the_unrounded_layer_computes(outlying: Path, tmp_path: P
                     norm = family.NORMS[linear in family.MLP_IN]
                     norm = f"model.layers.{layer}.{norm}.weight"
                     by = source[norm].float() / written[norm].float()
-                smoothed = source[f"{name}.weight"].float() * by
-                error = float((restore(own) - smoothed).norm() / smoothed.norm())
+                weight = source[f"{name}.weight"].float()
+                error = float((restore(own) / by - weight).norm() / weight.norm())
                 assert error == pytest.approx(report["relative_error"][name], rel=1e-3)
     assert changed, "no norm took a scale in: this test would show nothing"
     unfolded = {name for name in written if name.endswith("pre_quant_scale")}

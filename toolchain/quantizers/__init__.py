@@ -1,9 +1,9 @@
-"""How weights become int4 or fp8, one matrix at a time, in memory that one matrix bounds.
+"""How weights become int4, int8 or fp8, one matrix at a time, in memory that one matrix bounds.
 
-``int4``, ``fp8``, ``awq`` and ``gptq`` hold the arithmetic; ``forward``, ``statistics`` and ``calibration`` tell them
-of the activations on the text of ``samples``; ``rows`` holds the threads, ``layout`` the names and documents of the
-unified Hugging Face layout, ``shards`` the files, and ``convert`` ties them together. None of them knows a recipe, a
-device from the fact tables, or a stage.
+``int4``, ``int8``, ``fp8``, ``awq``, ``gptq`` and ``smoothquant`` hold the arithmetic; ``forward``, ``statistics``
+and ``calibration`` tell them of the activations on the text of ``samples``; ``rows`` holds the threads, ``layout`` the
+names and documents of the unified Hugging Face layout, ``shards`` the files, and ``convert`` ties them together. None
+of them knows a recipe, a device from the fact tables, or a stage.
 """
 
 from __future__ import annotations

@@ -35,7 +35,6 @@ SCAN_ROWS, FINAL_ROWS, FINALISTS = 128, 256, 3
 """Every alpha is tried on 128 rows of x, the best three and plain rounding on 256; clips look at all of x. Ours."""
 
 _STEPS = {"modelopt": int4._amax_over_seven, "mse": int4._least_squares}
-_SLAB_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True)
@@ -117,19 +116,11 @@ def apply(
     """[out, in] of any float dtype, the scale [in] (rounded as it will be stored) -> the int4 matrix of W * scale.
 
     ``clip`` is one of ``AwqResult.clips``: the group scales are then amax/7 * clip, whatever ``scales`` says. The error
-    is that of W * scale. A scale of ones without a clip gives the bits of ``int4.quantize``.
+    is that of W itself, with the scale taken back. A scale of ones without a clip gives the bits of ``int4.quantize``.
     """
-    step = max(2, _SLAB_ELEMENTS // weight.shape[1] & ~1)
-    parts = []
-    for start in range(0, len(weight), step):
-        rows = slice(start, start + step)
-        smoothed = torch.mul(weight[rows], scale.float())
-        if clip is None:
-            parts.append(int4.quantize(smoothed, group_size, scales, workers))
-        else:
-            parts.append(_clipped(smoothed, clip[rows], group_size, workers))
-    packed, steps = torch.cat([part.packed for part in parts]), torch.cat([part.scale for part in parts])
-    return Int4Matrix(packed, steps, total([part.error for part in parts]))
+    if clip is None:
+        return int4.quantize(weight, group_size, scales, workers, by=scale.float())
+    return _clipped(weight, scale.float(), clip, group_size, workers)
 
 
 def _weight_mean(weights: Sequence[torch.Tensor], group_size: int, workers: Workers) -> torch.Tensor:
@@ -251,20 +242,21 @@ def _clip(
     return best
 
 
-def _clipped(weight: torch.Tensor, clip: torch.Tensor, group_size: int, workers: Workers) -> Int4Matrix:
-    """float32 [out, in] and the factors [out, in/group] on amax/7."""
+def _clipped(
+    weight: torch.Tensor, scale: torch.Tensor, clip: torch.Tensor, group_size: int, workers: Workers
+) -> Int4Matrix:
+    """[out, in], the scales of the input channels [in] and the factors [out, in/group] on amax/7."""
     packed = torch.empty(len(weight) // 2, weight.shape[1], dtype=torch.uint8, device=weight.device)
-    scale = torch.empty_like(clip)
+    steps, undo = torch.empty_like(clip), scale.reciprocal()
 
     def block(part: slice, scratch: Scratch) -> WeightError:
         source = weight[part]
-        x = source.view(-1, group_size)
+        x = torch.mul(source, scale, out=scratch("x", source, torch.float32)).view(-1, group_size)
         step = _clipped_steps(x, clip[part], scratch)
-        scale[part] = step.view(len(source), -1)
-        code = torch.div(x, step, out=scratch("t", x, torch.float32)).round_().clamp_(-8, 7)
+        steps[part] = step.view(len(source), -1)
+        exact = torch.div(x, step, out=scratch("t", x, torch.float32))
+        code = torch.round(exact, out=scratch("code", x, torch.float32)).clamp_(-8, 7)
         packed[part.start // 2 : part.stop // 2] = int4.pack(code.to(torch.int8).view(source.shape))
-        wrong = _wrong(x, step, scratch)
-        error, flat = wrong.view(-1), source.view(-1)
-        return WeightError(float(torch.dot(error, error)), float(torch.dot(flat, flat)))
+        return int4.measured(code.sub_(exact), step, source, undo, x)
 
-    return Int4Matrix(packed, scale, total(workers.over_rows(weight, block)))
+    return Int4Matrix(packed, steps, total(workers.over_rows(weight, block)))

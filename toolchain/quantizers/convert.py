@@ -63,10 +63,7 @@ class Converter:
     def _calibrated_layer(self, unit: Unit, layer: int, calibration: Calibration) -> dict[str, Any]:
         scheme = self._scheme
         clean = scheme.propagate == "clean"
-        int4 = scheme.weights == "int4"
-        seen, entry = calibration.observe(
-            layer, rows=int4 and scheme.method == "awq", hessian=int4 and scheme.method == "gptq", store=clean
-        )
+        seen, entry = calibration.observe(layer, rows=scheme.smoothed, hessian=scheme.gptq, store=clean)
         smoothing = smooth(self._source, layer, scheme, seen, self._workers) if scheme.smoothed else {}
         findings = Findings(seen, smoothing)
         quantized: dict[str, torch.Tensor] = {}
@@ -122,7 +119,8 @@ def folded_norms(findings: Findings) -> dict[str, torch.Tensor]:
 
 
 def summary(layer: int, findings: Findings) -> dict[str, Any]:
-    """What the report says of a layer: ``k_amax``, ``v_amax`` and, by group, the input's range and AWQ's outcome."""
+    """What the report says of a layer: ``k_amax``, ``v_amax`` and, by group, the input's range and what smoothing it
+    brought."""
     groups: dict[str, dict[str, Any]] = {}
     for name, seen in findings.statistics.inputs.items():
         groups[name] = {"amax": seen.amax, "outlier_channels": seen.outliers}

@@ -9,6 +9,7 @@ Layout: modelopt/torch/export/quant_utils.py, https://github.com/NVIDIA/TensorRT
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,44 +25,69 @@ largest values and gain on all the rest. Ours: on gaussian weights in groups of 
 0.1020 (ModelOpt 0.1174; 24 candidates 0.1010), on Student-t weights (5 degrees of freedom) 0.1482 (0.1720; 0.1474).
 """
 
+LARGEST_E4M3 = 448.0
+"""OCP OFP8 specification 1.0, 2023-12."""
+
 _TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
 class Int4Matrix:
-    """W[out, in] ~= code[out, in] * scale[out, in // group]."""
+    """W[out, in] * by[in] ~= code[out, in] * scale[out, in // group], ``by`` being one unless channels are scaled."""
 
     packed: torch.Tensor
     """uint8 [out/2, in]: low nibble = row 2r, high nibble = row 2r+1, two's complement."""
     scale: torch.Tensor
     """float32 [out, in/group]; 1 for a group that is all zero."""
     error: WeightError
+    """Of what is stored for W itself, ``code * scale / by``."""
 
 
-def quantize(weight: torch.Tensor, group_size: int, scales: str, workers: Workers) -> Int4Matrix:
+def quantize(
+    weight: torch.Tensor, group_size: int, scales: str, workers: Workers, by: torch.Tensor | None = None
+) -> Int4Matrix:
     """[out, in] of any float dtype -> Int4Matrix; ``out`` even, ``in`` a multiple of ``group_size``.
 
-    code = clamp(round_half_even(W / scale), -8, 7), in float32. Raises NotFiniteError for NaN or infinity in W.
+    ``by`` float32 [in], positive, multiplies the input channels first. code = clamp(round_half_even(W / scale), -8, 7),
+    in float32. Raises NotFiniteError for NaN or infinity in W.
     """
     rows, columns = weight.shape
     packed = torch.empty(rows // 2, columns, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(rows, columns // group_size, dtype=torch.float32, device=weight.device)
     choose = {"modelopt": _amax_over_seven, "mse": _least_squares}[scales]
+    undo = None if by is None else by.reciprocal()
 
     def block(part: slice, scratch: Scratch) -> WeightError:
         source = weight[part]
-        x = scratch("x", source, torch.float32).copy_(source).view(-1, group_size)
+        x = scratch("x", source, torch.float32).copy_(source)
+        if by is not None:
+            x.mul_(by)
+        x = x.view(-1, group_size)
         step = choose(x, scratch)
         scale[part] = step.view(scale[part].shape)
         exact = torch.div(x, step, out=scratch("t", x, torch.float32))
         code = torch.round(exact, out=scratch("code", x, torch.float32)).clamp_(-8, 7)
         whole = scratch("i8", source, torch.int8).copy_(code.view(source.shape))
         _pack_into(packed[part.start // 2 : part.stop // 2], whole)
-        wrong = torch.linalg.vector_norm(code.sub_(exact), dim=-1).mul_(step[:, 0])
-        flat = x.view(-1)
-        return WeightError(float(torch.dot(wrong, wrong)), float(torch.dot(flat, flat)))
+        return measured(code.sub_(exact), step, source, undo, x)
 
     return Int4Matrix(packed, scale, total(workers.over_rows(weight, block)))
+
+
+def measured(
+    wrong: torch.Tensor, step: torch.Tensor, source: torch.Tensor, undo: torch.Tensor | None, spare: torch.Tensor
+) -> WeightError:
+    """Codes less exact quotients [groups, group], group scales [groups, 1], the rows W [rows, in] -> the error of W.
+
+    ``undo`` [in] is what takes the scaling of the input channels back. Destroys ``wrong`` and ``spare`` (both float32,
+    of W's size; ``spare`` holds W already where there is no ``undo``).
+    """
+    if undo is not None:
+        wrong.view(source.shape).mul_(undo)
+        spare.view(source.shape).copy_(source)
+    lengths = torch.linalg.vector_norm(wrong, dim=-1).mul_(step[:, 0])
+    flat = spare.view(-1)
+    return WeightError(float(torch.dot(lengths, lengths)), float(torch.dot(flat, flat)))
 
 
 def _largest(x: torch.Tensor) -> torch.Tensor:
@@ -126,3 +152,22 @@ def dequantize(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     codes = unpack(packed)
     rows, columns = codes.shape
     return (codes.view(rows, scale.shape[1], -1).float() * scale[:, :, None]).view(rows, columns)
+
+
+def e4m3_scale(matrices: Sequence[Int4Matrix], workers: Workers) -> torch.Tensor:
+    """Matrices that share it -> float32 []: the least s for which every code * scale / s is within e4m3's 448.
+
+    ModelOpt's ``weight_scale_2`` of W4A8, by which a kernel turns the weights into e4m3 numbers. Without the code -8 it
+    is amax / 448, bit for bit (448 / 7 is a power of two); -8 may reach farther than the group's largest weight.
+    """
+    largest = 0.0
+    for matrix in matrices:
+
+        def block(part: slice, _scratch: Scratch, matrix: Int4Matrix = matrix) -> float:
+            scale = matrix.scale[2 * part.start : 2 * part.stop]
+            codes = unpack(matrix.packed[part]).view(*scale.shape, -1)
+            reach = torch.maximum(codes.amax(-1), codes.amin(-1).neg_()).float()  # 0 where the group is
+            return float((scale / (LARGEST_E4M3 / reach)).max())
+
+        largest = max(largest, *workers.over_rows(matrix.packed, block))
+    return torch.tensor(largest) if largest >= _TINY else torch.tensor(1.0)

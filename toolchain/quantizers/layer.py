@@ -1,7 +1,8 @@
 """The matrices of one decoder layer, quantized in the order in which they are written.
 
 Matrices that read the same input share one fp8 scale: TensorRT-LLM fuses q/k/v into one GEMM and gate/up into another,
-and equal scales spare it a second rounding (modelopt's TensorRT-LLM export does the same). It writes no file.
+and equal scales spare it a second rounding (modelopt's TensorRT-LLM export does the same). For the same reason they
+share what scales their input's channels, and the scale of the input itself. It writes no file.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from toolchain import family
-from toolchain.quantizers import NotFiniteError, WeightError, awq, fp8, gptq, int4
+from toolchain.quantizers import NotFiniteError, WeightError, awq, fp8, gptq, int4, int8
 from toolchain.quantizers.layout import Scheme
 from toolchain.quantizers.rows import Workers
 from toolchain.quantizers.smoothing import Smoothing
@@ -27,6 +28,7 @@ class QuantizedMatrix:
     name: str
     tensors: dict[str, torch.Tensor]
     error: WeightError
+    """Of what the tensors stand for, against the model's own weights."""
     source_bytes: int
 
 
@@ -36,7 +38,7 @@ class Findings:
 
     statistics: LayerStatistics
     smoothing: Mapping[str, Smoothing]
-    """By the first linear of each group of ``family.SHARED_INPUT``; empty unless the method is awq."""
+    """By the first linear of each group of ``family.SHARED_INPUT``; empty unless input channels are scaled."""
 
 
 def quantize_layer(
@@ -50,23 +52,28 @@ def quantize_layer(
         names = [family.linear_name(layer, linear) for linear in group]
         if scheme.weights == "fp8":
             amax = findings.statistics.inputs[group[0]].amax if findings else None
-            yield from _eight(source, names, amax, scheme, workers)
+            yield from _fp8(source, names, amax, scheme, workers)
+        elif scheme.weights in ("int8", "int8_sq"):
+            yield from _int8(source, names, findings.smoothing.get(group[0]) if findings else None, workers)
         else:
-            rounding = _rounding(group[0], scheme, workers, findings)
-            for place, name in enumerate(names):
-                yield _four(source, name, place, rounding)
+            yield from _int4(source, names, scheme, _rounding(group[0], scheme, workers, findings), workers)
 
 
 def restore(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The tensors of one linear layer by suffix -> what they stand for: float32 [out, in], for a plain activation."""
     weight = tensors["weight"]
+    if "weight_scale" not in tensors:
+        return weight.float()
     if weight.dtype == torch.uint8:
         whole = int4.dequantize(weight, tensors["weight_scale"])
-        return whole.mul_(tensors["pre_quant_scale"].float()) if "pre_quant_scale" in tensors else whole
-    return weight.float() * tensors["weight_scale"] if "weight_scale" in tensors else weight.float()
+    elif weight.dtype == torch.int8:
+        whole = int8.dequantize(weight, tensors["weight_scale"])
+    else:
+        whole = weight.float() * tensors["weight_scale"]
+    return whole.mul_(tensors["pre_quant_scale"].float()) if "pre_quant_scale" in tensors else whole
 
 
-def _eight(
+def _fp8(
     source: Source, names: Sequence[str], input_amax: float | None, scheme: Scheme, workers: Workers
 ) -> Iterator[QuantizedMatrix]:
     separate = scheme.fp8_scales == "separate"
@@ -91,43 +98,84 @@ def _amax(source: Source, name: str, workers: Workers) -> float:
     return found
 
 
-Rounding = Callable[[torch.Tensor, int], tuple[int4.Int4Matrix, dict[str, torch.Tensor]]]
-"""A matrix and its place in its group -> what becomes of it, and the tensors beside it."""
+def _int8(
+    source: Source, names: Sequence[str], smoothing: Smoothing | None, workers: Workers
+) -> Iterator[QuantizedMatrix]:
+    beside = {}
+    if smoothing and smoothing.pre_quant_scale is not None:
+        beside = {"input_scale": int8.scale_of(smoothing.amax), "pre_quant_scale": smoothing.pre_quant_scale}
+    for name in names:
+        weight = source.weight(f"{name}.weight")
+        try:
+            made = int8.quantize(weight, workers, by=smoothing.scale if smoothing else None)
+        except NotFiniteError as cause:
+            raise source.not_finite(f"{name}.weight") from cause
+        source.release(f"{name}.weight")
+        tensors = {"weight": made.code, "weight_scale": made.scale, **beside}
+        yield QuantizedMatrix(name, tensors, made.error, weight.nbytes)
 
 
-def _rounding(group: str, scheme: Scheme, workers: Workers, findings: Findings | None) -> Rounding:
+@dataclass(frozen=True)
+class _Rounding:
     """How the matrices of one group become int4."""
+
+    quantize: Callable[[torch.Tensor, int], int4.Int4Matrix]
+    """Of a matrix and its place in the group."""
+    input_scale: torch.Tensor | None = None
+    """For e4m3 activations."""
+    pre_quant_scale: torch.Tensor | None = None
+
+
+def _rounding(group: str, scheme: Scheme, workers: Workers, findings: Findings | None) -> _Rounding:
     size, scales = scheme.group_size, scheme.scales
-    if findings and scheme.method == "gptq":
+    if findings and scheme.gptq:
         factor = gptq.factor(findings.statistics.inputs[group].take_hessian())
-        return lambda weight, _: (
-            gptq.quantize(weight, factor, group_size=size, scales=scales, workers=workers),
-            {},
+        return _Rounding(
+            lambda weight, _: gptq.quantize(weight, factor, group_size=size, scales=scales, workers=workers)
         )
-    if findings and scheme.method == "awq":
+    if findings and scheme.awq:
         one = findings.smoothing[group]
-        beside = {} if one.pre_quant_scale is None else {"pre_quant_scale": one.pre_quant_scale}
-        return lambda weight, place: (
-            awq.apply(
-                weight,
-                one.scale,
-                group_size=size,
-                scales=scales,
-                workers=workers,
-                clip=one.clips[place],
+        return _Rounding(
+            lambda weight, place: awq.apply(
+                weight, one.scale, group_size=size, scales=scales, workers=workers, clip=one.clips[place]
             ),
-            beside,
+            fp8.scale_of([one.amax]) if scheme.weights == "int4_fp8" else None,
+            one.pre_quant_scale,
         )
-    return lambda weight, _: (int4.quantize(weight, size, scales, workers), {})
+    return _Rounding(lambda weight, _: int4.quantize(weight, size, scales, workers))
 
 
-def _four(source: Source, name: str, place: int, rounding: Rounding) -> QuantizedMatrix:
-    weight = source.weight(f"{name}.weight")
+def _int4(
+    source: Source, names: Sequence[str], scheme: Scheme, rounding: _Rounding, workers: Workers
+) -> Iterator[QuantizedMatrix]:
+    """One after the other; those of int4_fp8 are held until all of the group are known, since they share a scale."""
+    if scheme.weights != "int4_fp8":
+        for place, name in enumerate(names):
+            yield _as_int4(source, name, _four(source, name, place, rounding), rounding)
+        return
+    made = [_four(source, name, place, rounding) for place, name in enumerate(names)]
+    second = int4.e4m3_scale(made, workers)
+    for name, four in zip(names, made, strict=True):
+        yield _as_int4(source, name, four, rounding, second)
+
+
+def _four(source: Source, name: str, place: int, rounding: _Rounding) -> int4.Int4Matrix:
     try:
-        four, beside = rounding(weight, place)
+        four = rounding.quantize(source.weight(f"{name}.weight"), place)
     except NotFiniteError as cause:
         raise source.not_finite(f"{name}.weight") from cause
     source.release(f"{name}.weight")
-    return QuantizedMatrix(
-        name, {"weight": four.packed, "weight_scale": four.scale, **beside}, four.error, weight.nbytes
-    )
+    return four
+
+
+def _as_int4(
+    source: Source, name: str, four: int4.Int4Matrix, rounding: _Rounding, second: torch.Tensor | None = None
+) -> QuantizedMatrix:
+    optional = {
+        "weight_scale_2": second,
+        "input_scale": rounding.input_scale,
+        "pre_quant_scale": rounding.pre_quant_scale,
+    }
+    tensors = {"weight": four.packed, "weight_scale": four.scale}
+    tensors |= {suffix: tensor for suffix, tensor in optional.items() if tensor is not None}
+    return QuantizedMatrix(name, tensors, four.error, source.checkpoint.tensors[f"{name}.weight"].nbytes)

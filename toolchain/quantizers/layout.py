@@ -44,15 +44,15 @@ class Scheme:
     weights: str
     """A key of ``quantization.WEIGHTS``."""
     group_size: int
-    """int4 only."""
+    """int4 and int4_fp8 only."""
     scales: str
-    """int4 only: ``"modelopt"`` or ``"mse"``."""
+    """int4 and int4_fp8 only: ``"modelopt"`` or ``"mse"``."""
     kv: str
     """A key of ``quantization.KV``."""
     method: str = "rtn"
-    """int4 only: ``"rtn"``, ``"awq"`` or ``"gptq"``; the last two need calibration."""
+    """int4 only: ``"rtn"``, ``"awq"`` or ``"gptq"``; the last two need calibration. int4_fp8 always goes by AWQ."""
     clip: bool = False
-    """awq only: search for a narrower range of each group as well."""
+    """AWQ only: search for a narrower range of each group as well."""
     fp8_scales: str = "shared"
     """fp8 only: ``"shared"`` by the matrices that read one input, or ``"separate"`` as ModelOpt's unified export."""
     propagate: str = "clean"
@@ -60,10 +60,22 @@ class Scheme:
     calibrated: bool = False
     """Whether activations were observed: fp8 then has input scales, and the ranges of K and V are known."""
 
+    smoothquant_alpha: float = 0.5
+    """int8_sq only: the weight of the activations against the weights, 0..1."""
+
+    @property
+    def awq(self) -> bool:
+        """Whether AWQ scales input channels: folded into the norms, or a ``pre_quant_scale`` where there is none."""
+        return self.weights == "int4_fp8" or (self.weights == "int4" and self.method == "awq")
+
+    @property
+    def gptq(self) -> bool:
+        return self.weights == "int4" and self.method == "gptq"
+
     @property
     def smoothed(self) -> bool:
-        """Whether input channels are scaled: folded into the norms, or a ``pre_quant_scale`` where there is none."""
-        return self.weights == "int4" and self.method == "awq"
+        """Whether input channels are scaled at all, by AWQ or by SmoothQuant."""
+        return self.awq or self.weights == "int8_sq"
 
 
 def units(config: LlamaConfig, dtype_of: Callable[[str], str], scheme: Scheme) -> list[Unit]:
@@ -119,26 +131,34 @@ def norm_names(layer: int) -> list[str]:
 
 
 def linear_tensors(config: LlamaConfig, layer: int, linear: str, scheme: Scheme, dtype: str) -> tuple[TensorPlan, ...]:
-    """int4: weight U8 [out/2, in], weight_scale F32 [out, in/group], for awq a pre_quant_scale [in] where ``UNFOLDED``.
+    """The tensors of one linear layer, in the order of writing; ``dtype`` is the model's.
 
-    fp8: weight F8_E4M3 [out, in], weight_scale F32 [] and, where calibrated, input_scale F32 [].
-    ``dtype`` is the model's.
+    weight: F8_E4M3 [out, in] for fp8, I8 [out, in] for int8 and int8_sq, U8 [out/2, in] for int4 and int4_fp8.
+    weight_scale: F32, [] for fp8, [out] for int8 and int8_sq, [out, in/group] for int4 and int4_fp8.
+    weight_scale_2: F32 [], int4_fp8 only. input_scale: F32 [], where activations get 8 bits and were observed.
+    pre_quant_scale: [in] in the model's dtype, for int8_sq, and for AWQ where ``UNFOLDED``.
     """
     rows, columns = family.linear_shape(config, linear)
+    stored = WEIGHTS[scheme.weights]
+    tensors = {
+        "weight": {
+            "matrix": ("F8_E4M3", (rows, columns)),
+            "row": ("I8", (rows, columns)),
+            "group": ("U8", (rows // 2, columns)),
+        }[stored.scale],
+        "weight_scale": (
+            "F32",
+            {"matrix": (), "row": (rows,), "group": (rows, columns // scheme.group_size)}[stored.scale],
+        ),
+    }
+    if stored.group_sizes and stored.activations:
+        tensors["weight_scale_2"] = ("F32", ())
+    if stored.activations and scheme.calibrated:
+        tensors["input_scale"] = ("F32", ())
+    if scheme.smoothed and (linear in UNFOLDED or not scheme.awq):
+        tensors["pre_quant_scale"] = (dtype, (columns,))
     name = family.linear_name(layer, linear)
-    if scheme.weights == "fp8":
-        eight = (
-            TensorPlan(f"{name}.weight", "F8_E4M3", (rows, columns)),
-            TensorPlan(f"{name}.weight_scale", "F32", ()),
-        )
-        return (*eight, TensorPlan(f"{name}.input_scale", "F32", ())) if scheme.calibrated else eight
-    four = (
-        TensorPlan(f"{name}.weight", "U8", (rows // 2, columns)),
-        TensorPlan(f"{name}.weight_scale", "F32", (rows, columns // scheme.group_size)),
-    )
-    if scheme.smoothed and linear in UNFOLDED:
-        return (*four, TensorPlan(f"{name}.pre_quant_scale", dtype, (columns,)))
-    return four
+    return tuple(TensorPlan(f"{name}.{suffix}", *kind) for suffix, kind in tensors.items())
 
 
 def kv_tensors(layer: int, kv: str) -> tuple[TensorPlan, ...]:

@@ -20,8 +20,9 @@ _WORST = 10
 def document(scheme: Scheme, entries: Sequence[Mapping[str, Any]], samples: Samples | None) -> dict[str, Any]:
     """The journal's entries of all units, in order -> the report, as plain JSON.
 
-    ``relative_error``: ||W' - W|| / ||W|| of each matrix, W' being what the stored codes and scales stand for; for awq
-    both after the channels were scaled. ``calibration.layers``: see ``convert.summary``.
+    ``relative_error``: ||W' - W|| / ||W|| of each matrix, W' being what the stored codes and scales stand for, with the
+    scaling of input channels taken back: the figures of all formats compare. ``calibration.layers``: see
+    ``convert.summary``.
     """
     errors = {name: error for entry in entries for name, error in entry.get("errors", {}).items()}
     worst = sorted(errors, key=lambda name: errors[name], reverse=True)[:_WORST]
@@ -36,7 +37,10 @@ def document(scheme: Scheme, entries: Sequence[Mapping[str, Any]], samples: Samp
 
 def _how(scheme: Scheme) -> dict[str, Any]:
     """The words of the scheme that had a say; the choices that need calibration only where there was one."""
+    if scheme.weights == "int8_sq":
+        return {"smoothquant_alpha": scheme.smoothquant_alpha}
     if WEIGHTS[scheme.weights].group_sizes:
         plain = {"group_size": scheme.group_size, "scales": scheme.scales}
-        return plain | ({"method": scheme.method, "clip": scheme.clip} if scheme.calibrated else {})
+        method = "awq" if scheme.awq else scheme.method
+        return plain | ({"method": method, "clip": scheme.clip} if scheme.calibrated else {})
     return {"fp8_scales": "separate"} if (scheme.weights, scheme.fp8_scales) == ("fp8", "separate") else {}

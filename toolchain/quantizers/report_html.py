@@ -54,7 +54,8 @@ def render(report: Mapping[str, Any], *, title: str = "") -> str:
 
 
 def _summary(report: Mapping[str, Any], calibration: Mapping[str, Any]) -> str:
-    pairs = {name: report.get(name) for name in ("weights", "method", "group_size", "scales", "clip", "fp8_scales")}
+    names = ("weights", "method", "group_size", "scales", "clip", "fp8_scales", "smoothquant_alpha")
+    pairs = {name: report.get(name) for name in names}
     pairs |= {name: calibration.get(name) for name in ("data", "samples", "tokens", "propagate", "digest")}
     rows = (f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(_said(value))}</dd>"
             for name, value in pairs.items() if value is not None)  # fmt: skip
@@ -103,8 +104,8 @@ def _outputs(layers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if not found:
         return
     yield "<h2>Errors of the outputs</h2><p>Of the matrices that read one input, named by the first: before is "
-    yield "plain rounding, after is what was written. Alpha is the power of the input channels\u2019 size by which AWQ "
-    yield "scales them; at 0 nothing is scaled.</p>"
+    yield "plain rounding, after is what was written; with SmoothQuant both round the inputs to 8 bits as well. Alpha "
+    yield "is the power of the input channels\u2019 size by which AWQ or SmoothQuant scales them.</p>"
     errors = [group.get(key) or 0.0 for _, _, group in found for key in ("output_error_before", "output_error_after")]
     top = max(errors)
     rows = []

@@ -18,6 +18,7 @@ DTYPES = {
     "F32": torch.float32,
     "F8_E4M3": torch.float8_e4m3fn,
     "U8": torch.uint8,
+    "I8": torch.int8,
 }
 _PIECE_BYTES = 16 * 2**20
 

@@ -50,24 +50,26 @@ def quantize(
     clip: bool = False,
     fp8_scales: str = "shared",
     propagate: str = "clean",
+    smoothquant_alpha: float = 0.5,
     samples: Samples | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Fill ``draft`` with the quantized checkpoint; the caller commits it.
 
-    Without ``samples`` nothing is calibrated: ``method`` must be "rtn", and fp8 gets no input scales. With them every
-    layer is run on them first: see ``layout.Scheme`` for the words. The ranges of K and V then come along in
-    ``scalellm_kv_cache.json``.
+    Without ``samples`` nothing is calibrated: ``method`` must be "rtn", ``weights`` neither int8_sq nor int4_fp8, and
+    fp8 gets no input scales. With them every layer is run on them first: see ``layout.Scheme`` for the words. The
+    ranges of K and V then come along in ``scalellm_kv_cache.json``.
 
     ``weights`` is a key of ``quantization.WEIGHTS``, ``kv`` one of ``quantization.KV``; ``group_size`` and ``scales``
-    ("modelopt": amax/7, "mse": searched) matter for int4 only. Writes the shards and their index, ``config.json``,
+    ("modelopt": amax/7, "mse": searched) matter for int4 and int4_fp8 only. Writes shards, index, ``config.json``,
     ``hf_quant_config.json``, ``quantization_report.json`` (relative error of each matrix) and the tokenizer's files.
     With ``weights="none"``, or for a checkpoint that is quantized so already, the shards are hard links.
 
     Raises PlanError when the scheme does not fit the model; ArtifactError for NaN or infinity in the weights, naming
     tensor and file, and for too little room. An OSError of the disk is left to ``workspace.draft``.
     """
-    scheme = Scheme(weights, group_size, scales, kv, method, clip, fp8_scales, propagate, samples is not None)
+    calibrated = samples is not None
+    scheme = Scheme(weights, group_size, scales, kv, method, clip, fp8_scales, propagate, calibrated, smoothquant_alpha)
     check(checkpoint, scheme)
     if weights == "none" or checkpoint.quantization:
         _keep(checkpoint, draft, scheme, samples, progress)
@@ -87,8 +89,17 @@ def check(checkpoint: Checkpoint, scheme: Scheme) -> None:
             + (f" in groups of {group_size}" if group_size else ""),
             hint="Start from the unquantized model: --model DIR",
         )
-    if group_size is None:
-        return
+    if wanted.calibrated_always and not found and not scheme.calibrated:
+        raise PlanError(f"weights: {scheme.weights} needs text to calibrate on", hint="calibration: {data: builtin}")
+    if not 0 <= scheme.smoothquant_alpha <= 1:
+        raise PlanError(f"smoothquant_alpha: {scheme.smoothquant_alpha} is not within 0 and 1")
+    if group_size is not None:
+        _check_groups(checkpoint, scheme, group_size)
+
+
+def _check_groups(checkpoint: Checkpoint, scheme: Scheme, group_size: int) -> None:
+    """The choices that matter for int4, and the shapes that it needs."""
+    wanted = WEIGHTS[scheme.weights]
     if scheme.method not in METHODS:
         raise PlanError(f"method: {scheme.method!r} is not one of {', '.join(METHODS)}")
     if scheme.method != "rtn" and not scheme.calibrated:
@@ -103,7 +114,7 @@ def check(checkpoint: Checkpoint, scheme: Scheme) -> None:
             raise PlanError(
                 f"{family.linear_name(layer, linear)}.weight is [{rows}, {columns}]: int4 in groups of {group_size} "
                 f"needs an input width that is a multiple of {group_size} and an even output width",
-                hint="Use group_size: 64, or weights: fp8 or none.",
+                hint="Use weights: int4 with group_size: 64, or weights: int8, fp8 or none.",
             )
 
 

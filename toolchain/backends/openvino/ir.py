@@ -28,7 +28,7 @@ ALIGNMENT_BYTES = 64
 """A cache line, and the widest vector register of the CPUs that read the file in place."""
 
 _SMALL_BYTES = 256
-_BITS = {"f32": 32, "f16": 16, "bf16": 16, "f8e4m3": 8, "i4": 4, "u8": 8, "i32": 32, "i64": 64, "boolean": 8}
+_BITS = {"f32": 32, "f16": 16, "bf16": 16, "f8e4m3": 8, "i4": 4, "u8": 8, "i8": 8, "i32": 32, "i64": 64, "boolean": 8}
 _PRECISION = {"f32": "FP32", "f16": "FP16", "boolean": "BOOL"}
 
 

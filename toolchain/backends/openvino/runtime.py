@@ -41,8 +41,9 @@ def settings(
 
     ``kv`` is ``int8``, ``fp16`` or ``fp32``; ``cache_tokens`` is rounded up to blocks of 32, all of which the
     sequences in flight can fill. ``precision``: with ``auto`` OpenVINO takes bf16 where the CPU has it; an fp32 cache
-    needs f32 arithmetic (OpenVINO refuses to load otherwise), so it implies it. Activations of int4 layers stay at
-    that precision: OpenVINO's default would round them to 8 bits (prompts about twice as fast, and no longer W4A16).
+    needs f32 arithmetic (OpenVINO refuses to load otherwise), so it implies it. Activations of int4 and int8 layers
+    stay at that precision: OpenVINO's default would round them to 8 bits (prompts about twice as fast, and no longer
+    W4A16 or W8A16).
 
     Raises PlanError for a cache that OpenVINO does not have.
     """

@@ -1,7 +1,8 @@
 """A checkpoint's tensors as IR constants, a block of rows at a time.
 
 int4 codes are moved from the layout's packing (two output rows in a byte) to IR's (two input columns in a byte) and
-never requantized; scales and unquantized weights go through byte for byte.
+never requantized; int8 codes, scales and unquantized weights go through byte for byte. Scales of activations
+(``input_scale``, and the ``weight_scale_2`` that goes with it) have no use here: activations keep 16 or 32 bits.
 
 fp8 codes are written as the f16 numbers that they are (every e4m3 number is an f16 and a bf16 number, so nothing is
 rounded and each code can be read back), and the matrix's scale multiplies the product. OpenVINO 2026.4.1 has no CPU
@@ -69,6 +70,8 @@ class Weights:
         info = self._checkpoint.tensors[f"{name}.weight"]
         if info.dtype == "U8":
             return Matrix(self._int4(name, info))
+        if info.dtype == "I8":
+            return Matrix(self._int8(name, info))
         if info.dtype == "F8_E4M3":
             pieces = (decode_fp8(info, block) for block in self._blocks(info))
             values = self._ir.constant("f16", info.shape, pieces, name=info.name)
@@ -87,6 +90,13 @@ class Weights:
         product = self._ir.node("Multiply", "opset1", factors, "f32", {"auto_broadcast": "numpy"})
         shape = self._ir.values("i64", [rows, columns])
         return self._ir.node("Reshape", "opset1", (product, shape), "f32", {"special_zero": False})
+
+    def _int8(self, name: str, info: TensorInfo) -> Port:
+        """I8 [out, in] and F32 [out] -> i8 [out, in] * f32 [out, 1]."""
+        codes = self._ir.constant("i8", info.shape, self._blocks(info), name=info.name)
+        numbers = self._ir.node("Convert", "opset1", (codes,), "f32", {"destination_type": "f32"})
+        factors = (numbers, self._scales(f"{name}.weight_scale", (info.shape[0], 1)))
+        return self._ir.node("Multiply", "opset1", factors, "f32", {"auto_broadcast": "numpy"})
 
     def _check_groups(self, info: TensorInfo, columns: int, groups: int) -> None:
         """A last group cut short would shift every scale after the first row."""
