@@ -1,4 +1,4 @@
-"""What several test files need: small random Llamas made by transformers, and the command ``scalellm`` as a process."""
+"""What several test files need: small random Llamas and kin by transformers, and ``scalellm`` as a process."""
 
 from __future__ import annotations
 
@@ -24,12 +24,16 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``random_llama(**config)`` -> the folder of a random two-layer Llama in the HF layout, made once per config."""
+    """``random_llama(**config)`` -> the folder of a random two-layer Llama in the HF layout, made once per config.
+
+    ``architecture="Qwen2ForCausalLM"`` makes another class of the family. Biases, which transformers begins with zero,
+    are as large as the rest of their products, so that one forgotten changes everything.
+    """
     made: dict[str, Path] = {}
 
     def make(**overrides: object) -> Path:
         import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
+        import transformers
 
         values = {
             "hidden_size": 256,
@@ -40,11 +44,15 @@ def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
             "vocab_size": 320,
             "max_position_embeddings": 512,
             "dtype": "float16",
+            "architecture": "LlamaForCausalLM",
         } | overrides
         name = repr(sorted(values.items()))
         if name not in made:
             torch.manual_seed(0)
-            model = LlamaForCausalLM(LlamaConfig(**values))
+            kind = getattr(transformers, str(values["architecture"]))
+            model = kind(kind.config_class(**{key: value for key, value in values.items() if key != "architecture"}))
+            for parameter in (one for full, one in model.named_parameters() if full.endswith(".bias")):
+                torch.nn.init.normal_(parameter)
             dtype = getattr(torch, str(values["dtype"]))
             folder = tmp_path_factory.mktemp("llama")
             model.to(dtype).save_pretrained(folder, max_shard_size="1MB")

@@ -13,7 +13,7 @@ import math
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ class Checkpoint:
         """
         raw = read_json(path / "config.json", hint="Give the folder of a Hugging Face model: --model DIR")
         quantization = _quantization(path, raw)
-        config = family.read_config(raw, str(path / "config.json"))
+        config = _with_end_ids(path, family.read_config(raw, str(path / "config.json")))
         tensors = _read_headers(path)
         _check_names(path, config, tensors, quantization)
         return cls(path, config, tensors, quantization)
@@ -174,6 +174,19 @@ class Checkpoint:
             with file.open("rb") as stream:
                 self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         return self._maps[file]
+
+
+def _with_end_ids(path: Path, config: LlamaConfig) -> LlamaConfig:
+    """The ids that end an answer are those of ``generation_config.json`` where it names any, as in transformers.
+
+    Instruction-tuned models often name more there than in ``config.json`` (Llama 3, Qwen2.5).
+    """
+    file = path / "generation_config.json"
+    eos = read_json(file).get("eos_token_id") if file.is_file() else None
+    try:
+        return replace(config, eos_token_ids=family.end_ids(eos)) if eos is not None else config
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{file}: eos_token_id is neither a number nor a list of numbers: {eos!r}") from error
 
 
 def read_json(path: Path, *, hint: str = "") -> dict[str, Any]:
@@ -338,7 +351,8 @@ def _check_names(
     unknown = sorted(name for name in set(tensors) - set(expected) - {"lm_head.weight"} if not name.endswith(ignored))
     if unknown:
         raise PlanError(
-            f"{path}: holds tensors that a Llama does not have, so it would be computed wrongly: {_some(unknown)}"
+            f"{path}: holds tensors that a {config.architecture} with this config.json does not have, so it would be "
+            f"computed wrongly: {_some(unknown)}"
         )
 
 

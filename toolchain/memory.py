@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, prod
 
 from toolchain.device import Device
 from toolchain.engine import Limits
-from toolchain.family import NORMS, LlamaConfig, layer_linears, linear_shape
+from toolchain.family import LlamaConfig, kept_tensors, layer_linears, linear_shape
 from toolchain.quantization import KvScheme, WeightScheme
 from toolchain.units import GIB, MIB, format_bytes
 
@@ -81,16 +81,18 @@ def linear_parameters(config: LlamaConfig) -> int:
 
 
 def parameters(config: LlamaConfig) -> int:
-    """All parameters: linears, embedding, head (where it is not tied) and norms: 13 015 864 320 for Llama-2-13B."""
-    return linear_parameters(config) + embedding_parameters(config) + norm_parameters(config)
+    """All parameters: linears, embedding, head (where not tied), norms and biases: 13 015 864 320 for Llama-2-13B."""
+    return linear_parameters(config) + embedding_parameters(config) + small_parameters(config)
 
 
 def embedding_parameters(config: LlamaConfig) -> int:
     return config.vocab_size * config.hidden_size * (1 if config.tied_embeddings else 2)
 
 
-def norm_parameters(config: LlamaConfig) -> int:
-    return config.hidden_size * (config.num_layers * len(NORMS) + 1)
+def small_parameters(config: LlamaConfig) -> int:
+    """What stays in the model's dtype beside the tables: norms and biases."""
+    per_layer = sum(prod(shape) for shape in kept_tensors(config).values())
+    return config.num_layers * per_layer + config.hidden_size
 
 
 def _shapes(config: LlamaConfig) -> Iterator[tuple[int, int]]:
@@ -111,7 +113,7 @@ def weight_bytes(
 ) -> int:
     """Bytes of the whole model: linears at their bits, their scales, and the rest in the model's dtype."""
     linears = linear_parameters(config) * (dtype_bytes * 8 if weights.quant_algo is None else weights.bits) // 8
-    rest = (embedding_parameters(config) + norm_parameters(config)) * dtype_bytes
+    rest = (embedding_parameters(config) + small_parameters(config)) * dtype_bytes
     return linears + scale_bytes(config, weights, group_size, bytes_per_scale=bytes_per_scale) + rest
 
 
@@ -215,7 +217,8 @@ def _fixed(
     tables = [table] if config.tied_embeddings else [table, ceil(table / tp)]
     how = f"{config.vocab_size} x {config.hidden_size} x {dtype_bytes} B x {len(tables)}"
     yield MemoryLine("embedding and head", sum(tables) if pp == 1 else max(tables), how)
-    yield MemoryLine("norms", norm_parameters(config) * dtype_bytes, f"{norm_parameters(config)} x {dtype_bytes} B")
+    small, what = small_parameters(config), "norms and biases" if config.biased else "norms"
+    yield MemoryLine(what, small * dtype_bytes, f"{small} x {dtype_bytes} B")
     element_bytes = 4 if device.is_cpu else 2
     yield MemoryLine(
         "activations",

@@ -27,8 +27,12 @@ ROPES: dict[str, dict[str, Any]] = {
     },
     "linear-rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}},
     "wide-heads": {"head_dim": 96},
+    "biased": {"attention_bias": True},
+    "mistral": {"architecture": "MistralForCausalLM", "sliding_window": None},
+    "qwen2": {"architecture": "Qwen2ForCausalLM", "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "qwen2-tied": {"architecture": "Qwen2ForCausalLM", "tie_word_embeddings": True, "vocab_size": 323},
 }
-"""Models that differ in attention: heads, rotary scaling, a head size that is not hidden / heads."""
+"""Models that differ in attention: heads, rotary scaling, a head size that is not hidden / heads, biases, class."""
 
 
 def samples_of(ids: torch.Tensor) -> Samples:
@@ -43,9 +47,9 @@ def random_samples(count: int = 6, tokens: int = 64, vocabulary: int = 320, seed
 
 def load(folder: Path, dtype: torch.dtype) -> Any:
     """transformers' model of a folder."""
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    return LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 @torch.no_grad()

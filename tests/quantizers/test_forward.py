@@ -1,4 +1,4 @@
-"""The forward pass, held against transformers' Llama."""
+"""The forward pass, held against transformers' Llama, Mistral and Qwen2."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ def test_every_layer_and_every_tap_are_transformers(
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}"
         close(hidden, theirs[prefix], tolerance)
-        names = [f"{norm}.weight" for norm in family.NORMS] + [f"{linear}.weight" for linear in family.LINEARS]
-        weights = {name: source.weight(f"{prefix}.{name}") for name in names}
+        weights = {name: source.weight(f"{prefix}.{name}") for name in family.layer_tensors(config)}
         ours: dict[str, torch.Tensor] = {}
         hidden = forward.decoder_layer(hidden, weights, config, ours.__setitem__)
         assert set(ours) == {group[0] for group in family.SHARED_INPUT} | {"k", "v"}
@@ -67,8 +66,7 @@ def test_rotary_scaling_changes_the_angles(random_llama: Callable[..., Path]) ->
 def test_a_token_sees_no_later_token(random_llama: Callable[..., Path]) -> None:
     checkpoint = Checkpoint.open(random_llama(dtype="float32"))
     source = Source(checkpoint)
-    names = [f"{norm}.weight" for norm in family.NORMS] + [f"{linear}.weight" for linear in family.LINEARS]
-    weights = {name: source.weight(f"model.layers.0.{name}") for name in names}
+    weights = {name: source.weight(f"model.layers.0.{name}") for name in family.layer_tensors(checkpoint.config)}
     hidden = torch.randn(1, 12, 256, generator=torch.Generator().manual_seed(3))
     changed = hidden.clone()
     changed[:, 7:] += 1
@@ -77,3 +75,22 @@ def test_a_token_sees_no_later_token(random_llama: Callable[..., Path]) -> None:
     )
     assert torch.equal(one[:, :7], other[:, :7])
     assert not torch.equal(one[:, 7:], other[:, 7:])
+
+
+@pytest.mark.parametrize(("shape", "biased"), [("biased", 4), ("qwen2", 3), ("gqa", 0)])
+def test_a_bias_that_is_left_out_is_noticed(random_llama: Callable[..., Path], shape: str, biased: int) -> None:
+    """A guard on the first test: its models have biases that matter, and the forward pass insists on them."""
+    checkpoint = Checkpoint.open(random_llama(dtype="float32", **ROPES[shape]))
+    source, config = Source(checkpoint), checkpoint.config
+    names = [name for name in checkpoint.tensors if name.startswith("model.layers.0") and name.endswith(".bias")]
+    assert len(names) == len(config.biased) == biased
+    weights = {name: source.weight(f"model.layers.0.{name}") for name in family.layer_tensors(config)}
+    hidden = torch.randn(1, 12, 256, generator=torch.Generator().manual_seed(3))
+    whole = forward.decoder_layer(hidden, weights, config, lambda _name, _x: None)
+    for linear in config.biased:
+        zero = weights | {f"{linear}.bias": torch.zeros_like(weights[f"{linear}.bias"])}
+        other = forward.decoder_layer(hidden, zero, config, lambda _name, _x: None)
+        assert float((other - whole).abs().max()) > 1e-3
+        del zero[f"{linear}.bias"]
+        with pytest.raises(KeyError, match="bias"):
+            forward.decoder_layer(hidden, zero, config, lambda _name, _x: None)

@@ -117,8 +117,7 @@ class Calibration:
             yield forward.decoder_layer(hidden, weights, self._config, tap)
 
     def _names(self, layer: int) -> dict[str, str]:
-        names = (*(f"{norm}.weight" for norm in family.NORMS), *(f"{linear}.weight" for linear in family.LINEARS))
-        return {name: f"model.layers.{layer}.{name}" for name in names}
+        return {name: f"model.layers.{layer}.{name}" for name in family.layer_tensors(self._config)}
 
     def _weights(self, layer: int) -> dict[str, torch.Tensor]:
         """The layer in the dtype of the computation: views of the mapped files where they have it, else copies."""

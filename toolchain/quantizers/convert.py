@@ -74,8 +74,8 @@ class Converter:
 
         errors = self._layer(unit, layer, findings, keep)
         if not clean:
-            norms = {f"{name}.weight": f"model.layers.{layer}.{name}.weight" for name in family.NORMS}
-            plain = {name: self._source.weight(full) for name, full in norms.items()}
+            kept = family.kept_tensors(self._source.checkpoint.config)
+            plain = {name: self._source.weight(f"model.layers.{layer}.{name}") for name in kept}
             entry = calibration.advance(layer, quantized | plain | folded_norms(findings))
         return {"errors": errors, "calibration": summary(layer, findings), **entry}
 
@@ -103,7 +103,7 @@ class Converter:
 
     def _copy(self, unit: Unit, instead: dict[str, torch.Tensor]) -> None:
         """What keeps the model's bytes, but for those that calibration gave other values."""
-        for name in layout.copied_names(unit):
+        for name in layout.copied_names(unit, self._source.checkpoint.config):
             if name in instead:
                 self._writer.put(name, as_bytes(instead[name]))
                 self._advance(instead[name].nbytes)

@@ -37,25 +37,30 @@ def decoder_layer(
     """[samples, tokens, hidden] -> the same, after one decoder layer; every sample starts at position 0.
 
     ``weights``: by name within the layer (``"mlp.up_proj.weight"``, ``"input_layernorm.weight"``), all in the dtype of
-    ``hidden``.
+    ``hidden``; those of ``family.layer_tensors``.
     """
     x = _norm(hidden, weights["input_layernorm.weight"], config.rms_norm_eps)
     tap(_QKV, x.flatten(0, 1))
     attended = _attention(x, weights, config, tap)
     tap(_O, attended.flatten(0, 1))
-    hidden = hidden + functional.linear(attended, weights["self_attn.o_proj.weight"])
+    hidden = hidden + _linear(attended, weights, config, "self_attn.o_proj")
     x = _norm(hidden, weights["post_attention_layernorm.weight"], config.rms_norm_eps)
     tap(_MLP, x.flatten(0, 1))
-    gate = functional.silu(functional.linear(x, weights["mlp.gate_proj.weight"]))
-    x = gate.mul_(functional.linear(x, weights["mlp.up_proj.weight"]))
+    gate = functional.silu(_linear(x, weights, config, "mlp.gate_proj"))
+    x = gate.mul_(_linear(x, weights, config, "mlp.up_proj"))
     tap(_DOWN, x.flatten(0, 1))
-    return hidden + functional.linear(x, weights["mlp.down_proj.weight"])
+    return hidden + _linear(x, weights, config, "mlp.down_proj")
+
+
+def _linear(x: torch.Tensor, weights: Mapping[str, torch.Tensor], config: LlamaConfig, name: str) -> torch.Tensor:
+    """[.., in] -> [.., out], with the bias [out] where the model has one."""
+    return functional.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"] if name in config.biased else None)
 
 
 def _attention(x: torch.Tensor, weights: Mapping[str, torch.Tensor], config: LlamaConfig, tap: Tap) -> torch.Tensor:
     samples, tokens, _ = x.shape
     query, key, value = (
-        functional.linear(x, weights[f"{name}.weight"]).view(samples, tokens, -1, config.head_dim).transpose(1, 2)
+        _linear(x, weights, config, name).view(samples, tokens, -1, config.head_dim).transpose(1, 2)
         for name in family.ATTENTION_IN
     )
     cos, sin = rotary(config, tokens, x.dtype, x.device)

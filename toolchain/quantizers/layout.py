@@ -91,7 +91,7 @@ def units(config: LlamaConfig, dtype_of: Callable[[str], str], scheme: Scheme) -
     layers = [
         Unit(
             layer_name(layer),
-            copied(*norm_names(layer))
+            copied(*kept_names(config, layer))
             + tuple(
                 tensor
                 for linear in family.LINEARS
@@ -120,14 +120,14 @@ def layer_of(unit_name: str) -> int | None:
     return int(number) if kind == "layer" else None
 
 
-def copied_names(unit: Unit) -> list[str]:
-    """The tensors of a unit that keep the model's dtype: the norms of a layer, everything of the other units."""
+def copied_names(unit: Unit, config: LlamaConfig) -> list[str]:
+    """The tensors of a unit that keep the model's dtype: norms and biases of a layer, everything of other units."""
     layer = layer_of(unit.name)
-    return [tensor.name for tensor in unit.tensors] if layer is None else norm_names(layer)
+    return [tensor.name for tensor in unit.tensors] if layer is None else kept_names(config, layer)
 
 
-def norm_names(layer: int) -> list[str]:
-    return [f"model.layers.{layer}.{norm}.weight" for norm in family.NORMS]
+def kept_names(config: LlamaConfig, layer: int) -> list[str]:
+    return [f"model.layers.{layer}.{name}" for name in family.kept_tensors(config)]
 
 
 def linear_tensors(config: LlamaConfig, layer: int, linear: str, scheme: Scheme, dtype: str) -> tuple[TensorPlan, ...]:

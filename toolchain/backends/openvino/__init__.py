@@ -24,7 +24,7 @@ from toolchain.plan import Plan
 from toolchain.progress import Progress
 
 name = "openvino"
-VERSION = "1"
+VERSION = "2"
 MODEL_FILE = "openvino_model.xml"
 
 _PACKAGES = {"openvino": "openvino", "openvino_genai": "openvino-genai"}

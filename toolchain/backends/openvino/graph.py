@@ -163,13 +163,18 @@ class _Graph:
         return self.binary("Multiply", self.weights.floats(f"{name}.weight"), unit)
 
     def linear(self, hidden: Port, layer: int, linear: str) -> Port:
-        """[.., in] -> [.., out]; the activation is first multiplied by ``pre_quant_scale`` [in] where there is one."""
+        """[.., in] -> [.., out]. The activation is first multiplied by ``pre_quant_scale`` [in] where there is one, and
+        the ``bias`` [out] is added last."""
         name = family.linear_name(layer, linear)
         if self.weights.has(f"{name}.pre_quant_scale"):
             hidden = self.binary("Multiply", hidden, self.weights.floats(f"{name}.pre_quant_scale"))
         matrix = self.weights.linear(name)
         product = self.matmul(hidden, matrix.weight, name=name)
-        return product if matrix.scale is None else self.binary("Multiply", product, matrix.scale)
+        if matrix.scale is not None:
+            product = self.binary("Multiply", product, matrix.scale)
+        if linear not in self.config.biased:
+            return product
+        return self.binary("Add", product, self.weights.floats(f"{name}.bias"))
 
     def matmul(self, hidden: Port, matrix: Port, *, name: str = "", tensor: str = "") -> Port:
         data = {"transpose_a": False, "transpose_b": True}

@@ -114,9 +114,10 @@ class Engine:
                 setattr(config, name, value)
         stops = options["stop_token_ids"]
         config.ignore_eos = not stops
-        # add_request would add the model's own end ids to a config that has no eos_token_id.
-        config.eos_token_id = stops[0] if stops else self._eos_ids[0]
-        config.stop_token_ids = set(stops or self._eos_ids)
+        if stops or self._eos_ids:  # a model may have no end id at all
+            # add_request would add the model's own end ids to a config that has no eos_token_id.
+            config.eos_token_id = (stops or self._eos_ids)[0]
+            config.stop_token_ids = set(stops or self._eos_ids)
         config.stop_criteria = genai.StopCriteria.EARLY if options.get("early") else genai.StopCriteria.HEURISTIC
         return config
 
