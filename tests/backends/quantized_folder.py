@@ -1,4 +1,4 @@
-"""Small random Llamas and their quantized folders, made without any code of ours.
+"""Small random Llamas, Mistrals and Qwen2s and their quantized folders, made without any code of ours.
 
 The quantizer here is a few lines of numpy that follow the layout's description (ModelOpt's unified Hugging Face export)
 and nothing else, so that the engine is checked against an independent reading of it.
@@ -24,17 +24,26 @@ class QuantizedFolder:
     """A folder on disk and the float32 model that it stands for."""
 
     path: Path
-    reference: transformers.LlamaForCausalLM
+    reference: transformers.PreTrainedModel
     tensors: dict[str, torch.Tensor]
 
 
 def random_llama(
-    *, heads: int = 4, kv_heads: int = 4, tied: bool = False, rope: dict[str, object] | None = None, seed: int = 1
-) -> transformers.LlamaForCausalLM:
-    """Two layers, hidden 256, vocabulary 512, float32; weights large enough that logits differ clearly."""
+    *,
+    heads: int = 4,
+    kv_heads: int = 4,
+    tied: bool = False,
+    rope: dict[str, object] | None = None,
+    seed: int = 1,
+    architecture: str = "LlamaForCausalLM",
+    vocabulary: int = 512,
+    **more: object,
+) -> transformers.PreTrainedModel:
+    """Two layers, hidden 256, float32; weights and biases large enough that logits differ clearly."""
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=512,
+    kind = getattr(transformers, architecture)
+    config = kind.config_class(
+        vocab_size=vocabulary,
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=2,
@@ -47,17 +56,20 @@ def random_llama(
         bos_token_id=1,
         eos_token_id=2,
         initializer_range=0.08,
+        **more,
     )
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = kind(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
+            elif name.endswith(".bias"):
+                parameter.copy_(torch.randn_like(parameter))
     return model
 
 
 def write_quantized(
-    model: transformers.LlamaForCausalLM,
+    model: transformers.PreTrainedModel,
     path: Path,
     weights: str,
     *,
@@ -85,7 +97,7 @@ def write_quantized(
             tensors[name] = tensor.to(DTYPES[dtype])
             stands_for[name] = tensors[name].float()
     save_file({key: value.contiguous() for key, value in tensors.items()}, path / "model.safetensors", {"format": "pt"})
-    raw = model.config.to_dict() | {"dtype": dtype, "architectures": ["LlamaForCausalLM"]}
+    raw = model.config.to_dict() | {"dtype": dtype, "architectures": [type(model).__name__]}
     (path / "config.json").write_text(json.dumps(raw))
     (path / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
     if weights != "none":
@@ -93,7 +105,7 @@ def write_quantized(
         if weights == "int4":
             scheme |= {"group_size": group, "has_zero_point": False, "pre_quant_scale": pre_quant}
         (path / "hf_quant_config.json").write_text(json.dumps({"quantization": scheme}))
-    reference = transformers.LlamaForCausalLM(model.config).eval()
+    reference = type(model)(model.config).eval()
     reference.load_state_dict(stands_for, strict=False)
     reference.tie_weights()
     return QuantizedFolder(path, reference, tensors)

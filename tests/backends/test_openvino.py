@@ -37,6 +37,9 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+QWEN2 = {"architecture": "Qwen2ForCausalLM", "kv_heads": 2, "vocabulary": 323,
+         "rope": {"rope_type": "default", "rope_theta": 1000000.0}}  # fmt: skip
+MISTRAL = {"architecture": "MistralForCausalLM", "kv_heads": 2, "vocabulary": 323, "sliding_window": None}
 VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "int4-g128-mha": ({}, {"weights": "int4"}),
     "int4-g64-gqa-tied-bf16": ({"kv_heads": 2, "tied": True}, {"weights": "int4", "group": 64, "dtype": "bfloat16"}),
@@ -47,6 +50,13 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "none-f16-linear-rope": ({"rope": LINEAR}, {"weights": "none"}),
     "none-bf16-gqa-tied": ({"kv_heads": 2, "tied": True}, {"weights": "none", "dtype": "bfloat16"}),
     "none-f32": ({}, {"weights": "none", "dtype": "float32"}),
+    "int4-qwen2": (QWEN2, {"weights": "int4", "pre_quant": True}),
+    "int4-g64-qwen2-tied-bf16": (QWEN2 | {"tied": True}, {"weights": "int4", "group": 64, "dtype": "bfloat16"}),
+    "fp8-qwen2": (QWEN2, {"weights": "fp8", "dtype": "bfloat16"}),
+    "fp8-qwen2-tied": (QWEN2 | {"tied": True}, {"weights": "fp8"}),
+    "none-qwen2-bf16": (QWEN2, {"weights": "none", "dtype": "bfloat16"}),
+    "int4-biased-llama": ({"kv_heads": 2, "attention_bias": True}, {"weights": "int4"}),
+    "int4-mistral": (MISTRAL, {"weights": "int4"}),
 }
 
 
@@ -58,7 +68,7 @@ class Built:
     engine: Path
 
     @property
-    def reference(self) -> transformers.LlamaForCausalLM:
+    def reference(self) -> transformers.PreTrainedModel:
         return self.source.reference
 
 
@@ -94,13 +104,13 @@ class Stateful:
         return self.request.get_tensor("logits").data.copy()
 
 
-def logits_of(model: transformers.LlamaForCausalLM, ids: np.ndarray) -> np.ndarray:
+def logits_of(model: transformers.PreTrainedModel, ids: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return model(torch.from_numpy(ids)).logits.numpy()
 
 
-def tokens(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(3, VOCABULARY, shape)
+def tokens(*shape: int, seed: int = 0, below: int = VOCABULARY) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, below, shape)
 
 
 def span(batch: int, begin: int, end: int) -> np.ndarray:
@@ -110,7 +120,7 @@ def span(batch: int, begin: int, end: int) -> np.ndarray:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_equal_transformers_over_two_steps(built: Callable[[str], Built], variant: str) -> None:
     made = built(variant)
-    engine, ids = Stateful(made.engine), tokens(2, 90)
+    engine, ids = Stateful(made.engine), tokens(2, 90, below=made.reference.config.vocab_size)
     first = engine(ids[:, :70], np.ones((2, 70), np.int64), span(2, 0, 70))
     second = engine(ids[:, 70:], np.ones((2, 90), np.int64), span(2, 70, 90))
     expected = logits_of(made.reference, ids)
@@ -152,13 +162,16 @@ def greedy(count: int) -> openvino_genai.GenerationConfig:
 
 
 @pytest.mark.parametrize(
-    "variant", ["int4-g128-mha", "int4-g128-gqa-llama3", "int4-pre-quant-scale", "fp8-gqa", "none-f32"]
-)
+    "variant",
+    ["int4-g128-mha", "int4-g128-gqa-llama3", "int4-pre-quant-scale", "fp8-gqa", "none-f32", "int4-qwen2",
+     "fp8-qwen2-tied"],
+)  # fmt: skip
 def test_continuous_batching_gives_the_greedy_tokens_of_transformers(
     built: Callable[[str], Built], variant: str
 ) -> None:
     made = built(variant)
-    prompts = [tokens(1, length, seed=length) for length in (1, 5, 31, 32, 33, 150)]
+    below = made.reference.config.vocab_size
+    prompts = [tokens(1, length, seed=length, below=below) for length in (1, 5, 31, 32, 33, 150)]
     engine = pipeline(made.engine, EXACT)
     results = engine.generate([openvino.Tensor(prompt) for prompt in prompts], [greedy(24)] * len(prompts))
     plain = transformers.GenerationConfig(do_sample=False, max_new_tokens=24, eos_token_id=None, pad_token_id=0)
@@ -182,8 +195,9 @@ def test_runtime_settings_load_and_the_cache_has_the_stated_size(built: Callable
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names of fused layers are those of the x86 plug-in")
-def test_the_plug_in_keeps_int4_and_fuses_attention_rope_and_norms(built: Callable[[str], Built]) -> None:
-    compiled = Stateful(built("int4-g128-gqa-llama3").engine).compiled
+@pytest.mark.parametrize("variant", ["int4-g128-gqa-llama3", "int4-qwen2"])
+def test_the_plug_in_keeps_int4_and_fuses_attention_rope_and_norms(built: Callable[[str], Built], variant: str) -> None:
+    compiled = Stateful(built(variant).engine).compiled
     infos = [operation.get_rt_info() for operation in compiled.get_runtime_model().get_ops()]
     kinds = Counter((info["layerType"].astype(str), info["runtimePrecision"].astype(str)) for info in infos)
     assert kinds["FullyConnected", "i4"] == 7 * LAYERS

@@ -22,7 +22,7 @@ from toolchain.quantizers.statistics import (
 )
 
 
-@pytest.mark.parametrize("shape", ["gqa", "llama3-rope"])
+@pytest.mark.parametrize("shape", ["gqa", "llama3-rope", "biased", "qwen2"])
 def test_ranges_of_inputs_keys_and_values_are_those_that_hooks_in_transformers_see(
     random_llama: Callable[..., Path], tmp_path: Path, shape: str
 ) -> None:
