@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from tests.quantizers.calibrated import ROPES
 from toolchain import checkpoint as module
 from toolchain.checkpoint import Checkpoint
 from toolchain.errors import ArtifactError, PlanError
@@ -121,6 +122,38 @@ def test_fingerprints_change_with_weights_configuration_and_tokenizer(model: Pat
     assert Checkpoint.open(shutil.copytree(model, model.with_name("copy"))).fingerprint == prints[-1]
 
 
+@pytest.mark.parametrize(
+    ("config", "generation", "ids"),
+    [
+        (2, None, (2,)),
+        (2, 2, (2,)),
+        (151645, [151645, 151643], (151645, 151643)),
+        ([4, 5], None, (4, 5)),
+        (None, [7, 8], (7, 8)),
+        (None, None, ()),
+    ],
+)
+def test_end_ids_are_the_generation_configs_where_it_names_any(
+    model: Path, config: object, generation: object, ids: tuple[int, ...]
+) -> None:
+    """As transformers' generate() has it; Qwen2.5-7B-Instruct is the third."""
+    edit(model / "config.json", eos_token_id=config)
+    edit(model / "generation_config.json", eos_token_id=generation)
+    assert Checkpoint.open(model).config.eos_token_ids == ids
+    (model / "generation_config.json").unlink()
+    expected = Checkpoint.open(model).config.eos_token_ids
+    assert expected == (() if config is None else tuple(config) if isinstance(config, list) else (config,))
+
+
+@pytest.mark.parametrize("shape", ["biased", "mistral", "qwen2", "qwen2-tied"])
+def test_models_of_the_family_are_opened_with_their_biases(random_llama: Callable[..., Path], shape: str) -> None:
+    opened = Checkpoint.open(random_llama(**ROPES[shape]))
+    expected = {f"model.layers.{layer}.{linear}.bias" for layer in range(2) for linear in opened.config.biased}
+    assert {name for name in opened.tensors if name.endswith(".bias")} == expected
+    assert len(expected) == {"biased": 8, "mistral": 0}.get(shape, 6)
+    assert ("lm_head.weight" in opened.tensors) is (shape != "qwen2-tied")
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -210,6 +243,35 @@ def test_tensors_that_a_llama_does_not_have_are_refused(single: Path) -> None:
     refused(single, name, kind=PlanError)
 
 
+@pytest.mark.parametrize("change", ["missing", "short", "integers", "one too many"])
+def test_biases_are_held_to_the_configuration(random_llama: Callable[..., Path], tmp_path: Path, change: str) -> None:
+    model = shutil.copytree(random_llama(**ROPES["qwen2"]), tmp_path / "qwen2")
+    name = "model.layers.0.self_attn.k_proj.bias"
+    file = next(file for file in model.glob("*.safetensors") if name in load_file(file))
+    index = json.loads((model / INDEX).read_text())
+    if change == "missing":
+        rewrite(file, lambda values: values.pop(name))
+        del index["weight_map"][name]
+        (model / INDEX).write_text(json.dumps(index))
+        refused(model, "1 tensors are missing", name)
+    elif change == "short":
+        rewrite(file, lambda values: values.update({name: values[name][:64].clone()}))
+        refused(model, file, name, "[64]", "[128]")
+    elif change == "integers":
+        rewrite(file, lambda values: values.update({name: torch.zeros(128, dtype=torch.int8)}))
+        refused(model, file, name, "I8")
+    else:
+        other = name.replace("k_proj", "o_proj")
+        rewrite(file, lambda values: values.update({other: torch.zeros(256).half()}))
+        refused(model, other, "Qwen2ForCausalLM", kind=PlanError)
+
+
+@pytest.mark.parametrize("eos", ["</s>", [1, None], {"id": 2}])
+def test_end_ids_that_are_no_numbers_are_refused_by_the_files_name(model: Path, eos: object) -> None:
+    edit(model / "generation_config.json", eos_token_id=eos)
+    refused(model, model / "generation_config.json", "eos_token_id")
+
+
 def test_an_index_that_lies_is_refused(model: Path) -> None:
     index = json.loads((model / INDEX).read_text())
     index["weight_map"]["model.layers.9.extra"] = next(iter(index["weight_map"].values()))
@@ -236,7 +298,8 @@ def test_a_folder_without_weights_or_configuration_is_refused(single: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM"),
+        ({"architectures": ["GraniteForCausalLM"]}, "GraniteForCausalLM"),
+        ({"logits_scaling": 8.0}, "logits_scaling: 8.0"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ({"hidden_act": "gelu"}, "gelu"),
     ],

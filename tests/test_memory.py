@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from toolchain.backends.openvino.runtime import kv_bytes_per_token as openvino_kv_bytes_per_token
 from toolchain.device import device
 from toolchain.engine import Limits
-from toolchain.family import LlamaConfig, expected_tensors, published
+from toolchain.family import ATTENTION_IN, LlamaConfig, expected_tensors, published
 from toolchain.memory import (
     MemoryPlan,
     activation_bytes,
@@ -46,6 +46,7 @@ SMALL = replace(
     vocab_size=1000,
     tied_embeddings=True,
 )
+QWEN2 = replace(SMALL, architecture="Qwen2ForCausalLM", vocab_size=323, biased=ATTENTION_IN)
 LIMITS = Limits(max_batch_size=16, max_seq_len=4096, max_input_len=4096, max_num_tokens=4096)
 
 
@@ -54,7 +55,7 @@ def test_llama_13b_has_the_published_number_of_parameters() -> None:
     assert linear_parameters(LLAMA_13B) == 12_687_769_600
 
 
-@pytest.mark.parametrize("config", [LLAMA_13B, SMALL], ids=["13B", "small, tied, GQA"])
+@pytest.mark.parametrize("config", [LLAMA_13B, SMALL, QWEN2], ids=["13B", "small, tied, GQA", "Qwen2"])
 def test_parameters_are_the_sum_of_the_tensors(config: LlamaConfig) -> None:
     total = 0
     for shape in expected_tensors(config).values():
@@ -63,6 +64,16 @@ def test_parameters_are_the_sum_of_the_tensors(config: LlamaConfig) -> None:
             count *= size
         total += count
     assert parameters(config) == total
+
+
+def test_biases_are_counted_in_the_models_dtype_whatever_the_weights_are() -> None:
+    plain = replace(QWEN2, biased=())
+    biases = 3 * (256 + 2 * 128)
+    assert parameters(QWEN2) - parameters(plain) == biases
+    for name in WEIGHTS:
+        assert weight_bytes(QWEN2, WEIGHTS[name]) - weight_bytes(plain, WEIGHTS[name]) == biases * 2
+    lines = {line.name: line for line in memory_plan(QWEN2, WEIGHTS["int4"], KV["int8"], LIMITS, device("l4")).lines}
+    assert lines["norms and biases"].bytes == (256 * 7 + biases) * 2
 
 
 @pytest.mark.parametrize(("weights", "gigabytes"), [("none", 26.03), ("fp8", 13.34), ("int4", 7.20)])

@@ -247,3 +247,65 @@ def test_answers_keep_sequences_apart_and_gather_log_probs(tokenizer: Tokenizer)
     assert first.strip() == "the quick fox"
     assert second.strip() == "lazy"
     assert extra["output_log_probs"].shape == (1, 1, len(fox))
+
+
+@pytest.fixture(scope="module", params=["plain", "bos in the configuration of the model"])
+def chatml(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer as Qwen2 has it: no BOS at all, turns between special tokens, an id of its own for padding."""
+    import json
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    folder = tmp_path_factory.mktemp("chatml")
+    backend.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "add_bos_token": False}
+    names |= {"tokenizer_class": "Qwen2Tokenizer", "additional_special_tokens": special[1:]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    if request.param != "plain":
+        bos = {"model_type": "qwen2", "bos_token_id": backend.token_to_id("<|endoftext|>"), "eos_token_id": 2}
+        (folder / "config.json").write_text(json.dumps(bos))
+        (folder / "generation_config.json").write_text(json.dumps({**bos, "eos_token_id": [2, 0]}))
+    return folder
+
+
+CHAT = "<|im_start|>user\nthe quick fox<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("text", [CHAT, *TEXTS])
+def test_tokenizer_without_bos_gets_none(chatml: Path, text: str) -> None:
+    from transformers import AutoTokenizer
+
+    ours, theirs = Tokenizer(chatml), AutoTokenizer.from_pretrained(chatml)
+    assert ours.bos_id is None
+    for special in (True, False):
+        assert ours.encode(text, special=special) == theirs.encode(text, add_special_tokens=special)
+    ids = ours.encode(text, special=True)
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert (ours.eos_id, ours.pad_id) == (theirs.eos_token_id, theirs.pad_token_id) == (2, 0)
+
+
+def test_prompts_of_a_tokenizer_without_bos_begin_with_their_own_first_token(chatml: Path) -> None:
+    tokenizer = Tokenizer(chatml)
+    made = Prompts(tokenizer, max_input_len=90, special=True, vocab_size=tokenizer.vocab_size)
+    out = made.prepare(query(CHAT, "fox"))
+    assert out["INPUT_ID"][0, 0] == 1  # <|im_start|>
+    assert out["INPUT_ID"][1, -1] == out["OUT_PAD_ID"][1, 0] == 0
+    assert out["OUT_END_ID"].tolist() == [[2], [2]]
+    assert out["REQUEST_INPUT_LEN"][1, 0] == len(tokenizer.encode("fox", special=False))
+    with pytest.raises(RefusedError, match="no BOS token"):
+        made.prepare(query(""))
+
+
+def test_streamed_answer_without_bos_is_the_whole_answer_and_shows_no_end_token(chatml: Path) -> None:
+    tokenizer = Tokenizer(chatml)
+    ids = [*tokenizer.encode(" 日本 😀 the lazy dog", special=False), 2]
+    stream = Stream(tokenizer, Anchor(tokenizer))
+    assert "".join([*(stream.push([one]) for one in ids), stream.finish()]) == " 日本 😀 the lazy dog"
