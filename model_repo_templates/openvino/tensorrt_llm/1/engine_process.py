@@ -114,10 +114,11 @@ class Engine:
                 setattr(config, name, value)
         stops = options["stop_token_ids"]
         config.ignore_eos = not stops
-        if stops or self._eos_ids:  # a model may have no end id at all
-            # add_request would add the model's own end ids to a config that has no eos_token_id.
-            config.eos_token_id = (stops or self._eos_ids)[0]
-            config.stop_token_ids = set(stops or self._eos_ids)
+        # add_request would add the model's own end ids to a config that has no eos_token_id, and refuses the -1 that
+        # stands for none; with ignore_eos it does not matter which id it is.
+        ends = stops or self._eos_ids or [0]
+        config.eos_token_id = ends[0]
+        config.stop_token_ids = set(ends)
         config.stop_criteria = genai.StopCriteria.EARLY if options.get("early") else genai.StopCriteria.HEURISTIC
         return config
 

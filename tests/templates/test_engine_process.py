@@ -1,0 +1,95 @@
+"""The engine's loop on a real engine of a small Qwen2: no BOS, several end ids, or none at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import engine_process
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from tests.backends.quantized_folder import QuantizedFolder, random_llama, write_quantized
+from toolchain.backends import openvino as backend
+from toolchain.backends.openvino.runtime import settings
+from toolchain.checkpoint import Checkpoint
+from toolchain.progress import Silent
+
+PROMPT = list(range(40, 52))
+TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> QuantizedFolder:
+    model = random_llama(architecture="Qwen2ForCausalLM", kv_heads=2, vocabulary=323, tied=True)
+    return write_quantized(model, tmp_path_factory.mktemp("qwen2") / "quantized", "int4", dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def greedy(source: QuantizedFolder) -> list[int]:
+    """What transformers goes on with after ``PROMPT``."""
+    plain = transformers.GenerationConfig(do_sample=False, max_new_tokens=TOKENS, eos_token_id=None, pad_token_id=0)
+    ids = source.reference.generate(torch.tensor([PROMPT]), generation_config=plain)[0, len(PROMPT) :].tolist()
+    assert len(set(ids)) > 4
+    return list(ids)
+
+
+def answers(source: QuantizedFolder, work: Path, eos: Any, stops: Callable[[tuple[int, ...]], list[int]]) -> list[Any]:
+    """[ids, why it ended] of one request to an engine of a model whose generation_config.json says ``eos``."""
+    folder = work / "checkpoint"
+    folder.mkdir()
+    for file in source.path.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 7, "eos_token_id": eos}))
+    config = json.loads((folder / "config.json").read_text()) | {"bos_token_id": 7, "eos_token_id": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    checkpoint = Checkpoint.open(folder)
+    backend.build(checkpoint, work / "engine", Silent())
+    end_ids = checkpoint.config.eos_token_ids
+    passport = {
+        "limits": {"max_batch_size": 2},
+        "eos_token_ids": list(end_ids),
+        "runtime": settings(kv="fp32", cache_tokens=512, max_sequences=2, max_step_tokens=64, threads=1),
+    }
+    engine = engine_process.Engine(work / "engine", passport)
+    options = {"max_new_tokens": TOKENS, "stop_token_ids": stops(end_ids)}
+    engine.add(1, np.array(PROMPT, np.int64).tobytes(), options)
+    found: list[int] = []
+    for _step in range(4 * TOKENS):
+        for _key, _row, ids, _logs, finish, detail in engine.step():
+            found.extend(ids)
+            if finish:
+                assert detail == ""
+                return [found, finish]
+    raise AssertionError("the engine never ended")
+
+
+def test_every_one_of_several_end_ids_ends_the_answer(
+    source: QuantizedFolder, greedy: list[int], tmp_path: Path
+) -> None:
+    last = next(place for place in range(3, TOKENS) if greedy[place] not in greedy[:place])
+    absent = next(one for one in range(60, 300) if one not in greedy)
+    ids, finish = answers(source, tmp_path, [absent, greedy[last]], list)
+    assert finish == "stop"
+    assert ids[:last] == greedy[:last]
+    assert ids[last:] in ([], [greedy[last]])
+
+
+@pytest.mark.parametrize("eos", [None, [5, 9]], ids=["no end id at all", "end ids that the request waives"])
+def test_without_stops_the_answer_has_all_its_tokens(
+    source: QuantizedFolder, greedy: list[int], tmp_path: Path, eos: object
+) -> None:
+    eos = [greedy[1], greedy[2]] if eos else None
+    assert answers(source, tmp_path, eos, lambda _ids: []) == [greedy, "length"]
+
+
+def test_a_model_without_end_ids_still_stops_where_a_request_says(
+    source: QuantizedFolder, greedy: list[int], tmp_path: Path
+) -> None:
+    last = next(place for place in range(3, TOKENS) if greedy[place] not in greedy[:place])
+    ids, finish = answers(source, tmp_path, None, lambda _ids: [greedy[last]])
+    assert (ids[:last], finish) == (greedy[:last], "stop")
