@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.chatml import END, PAD, SPECIAL, START, write_chatml_tokenizer
 from toolchain.errors import ArtifactError, PlanError, RecipeError
 from toolchain.quantizers.conversations import BUILTIN_FILE, data_digest
 from toolchain.quantizers.samples import Samples, llama2_chat, load_samples
@@ -171,6 +172,16 @@ def test_bos_is_added_where_the_template_leaves_it_out(with_template, tmp_path: 
     folder = with_template("{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}")
     found = load(jsonl(tmp_path, {"messages": TALK}), folder)
     assert decoded(folder, found.token_ids).startswith("<s>[system] Be kind.")
+
+
+def test_a_tokenizer_without_bos_gets_none_with_and_without_its_template(tmp_path: Path) -> None:
+    write_chatml_tokenizer(tmp_path, ["Be kind. Hello there! Good morning."])
+    file = jsonl(tmp_path, *[{"messages": TALK}] * 40)
+    text = decoded(tmp_path, load(file, tmp_path).token_ids)
+    assert text.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHello there!<|im_end|>")
+    assert SPECIAL[PAD] not in text
+    ids = load(file, tmp_path, chat_template=False).token_ids
+    assert not {PAD, START, END} & set(ids.reshape(-1).tolist())
 
 
 def test_a_template_without_system_role_gets_its_text_in_front_of_the_user(with_template, tmp_path: Path) -> None:

@@ -361,6 +361,23 @@ def test_nan_in_the_weights_is_said_of_the_weights(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("way", ["rtn", "awq", "fp8"])
+def test_nan_in_a_bias_is_said_of_the_bias(random_llama: Callable[..., Path], tmp_path: Path, way: str) -> None:
+    name = "model.layers.1.self_attn.k_proj.bias"
+
+    def spoil(which: str, tensor: torch.Tensor) -> torch.Tensor:
+        if which == name:
+            tensor[-1] = float("nan")
+        return tensor
+
+    model = rewritten(random_llama(**QWEN2), tmp_path / "model", spoil)
+    choices = {"samples": None, **INT4} if way == "rtn" else WAYS[way]
+    with pytest.raises(ArtifactError, match="this model is damaged") as caught:
+        calibrate(model, tmp_path / "out", **choices)
+    assert name in caught.value.message
+    assert not (tmp_path / "out").exists()
+
+
 def test_activations_that_overflow_name_layer_and_place(random_llama: Callable[..., Path], tmp_path: Path) -> None:
     def swell(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return (

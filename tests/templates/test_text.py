@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,10 @@ from texts import detokenize
 from tokenizer import Tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from words import flatten, spellings, unflatten
+
+from tests.chatml import END, PAD, START, write_chatml_tokenizer
 
 CORPUS = ["the quick brown fox jumps over the lazy dog", "stop words cross token borders", "a b c d e f g 1 2 3 . , !"]
 TEXTS = ["the quick fox", "日本の首都は東京です", "😀🎉🚀 done", "a\n\nb  c", "é à ü", "x"]
@@ -56,8 +59,6 @@ def _saved(backend: Backend, trainer: trainers.BpeTrainer, folder: Path, *, byte
     bos = backend.token_to_id("<s>")
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
     if bytes_special:  # The byte tokens must be ordinary ones, or decoding would skip them.
-        import json
-
         raw = json.loads(backend.to_str())
         raw["added_tokens"] = [token for token in raw["added_tokens"] if not token["content"].startswith("<0x")]
         backend = Backend.from_str(json.dumps(raw))
@@ -251,28 +252,13 @@ def test_answers_keep_sequences_apart_and_gather_log_probs(tokenizer: Tokenizer)
 
 @pytest.fixture(scope="module", params=["plain", "bos in the configuration of the model"])
 def chatml(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer as Qwen2 has it: no BOS at all, turns between special tokens, an id of its own for padding."""
-    import json
-
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(CORPUS, trainer)
-    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    """Qwen2's kind of tokenizer; its models name a BOS all the same, which prompts never have."""
     folder = tmp_path_factory.mktemp("chatml")
-    backend.save(str(folder / "tokenizer.json"))
-    names = {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "add_bos_token": False}
-    names |= {"tokenizer_class": "Qwen2Tokenizer", "additional_special_tokens": special[1:]}
-    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    write_chatml_tokenizer(folder, CORPUS)
     if request.param != "plain":
-        bos = {"model_type": "qwen2", "bos_token_id": backend.token_to_id("<|endoftext|>"), "eos_token_id": 2}
-        (folder / "config.json").write_text(json.dumps(bos))
-        (folder / "generation_config.json").write_text(json.dumps({**bos, "eos_token_id": [2, 0]}))
+        names = {"model_type": "qwen2", "bos_token_id": PAD, "eos_token_id": END}
+        (folder / "config.json").write_text(json.dumps(names))
+        (folder / "generation_config.json").write_text(json.dumps({**names, "eos_token_id": [END, PAD]}))
     return folder
 
 
@@ -281,24 +267,22 @@ CHAT = "<|im_start|>user\nthe quick fox<|im_end|>\n<|im_start|>assistant\n"
 
 @pytest.mark.parametrize("text", [CHAT, *TEXTS])
 def test_tokenizer_without_bos_gets_none(chatml: Path, text: str) -> None:
-    from transformers import AutoTokenizer
-
     ours, theirs = Tokenizer(chatml), AutoTokenizer.from_pretrained(chatml)
     assert ours.bos_id is None
     for special in (True, False):
         assert ours.encode(text, special=special) == theirs.encode(text, add_special_tokens=special)
     ids = ours.encode(text, special=True)
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
-    assert (ours.eos_id, ours.pad_id) == (theirs.eos_token_id, theirs.pad_token_id) == (2, 0)
+    assert (ours.eos_id, ours.pad_id) == (theirs.eos_token_id, theirs.pad_token_id) == (END, PAD)
 
 
 def test_prompts_of_a_tokenizer_without_bos_begin_with_their_own_first_token(chatml: Path) -> None:
     tokenizer = Tokenizer(chatml)
     made = Prompts(tokenizer, max_input_len=90, special=True, vocab_size=tokenizer.vocab_size)
     out = made.prepare(query(CHAT, "fox"))
-    assert out["INPUT_ID"][0, 0] == 1  # <|im_start|>
-    assert out["INPUT_ID"][1, -1] == out["OUT_PAD_ID"][1, 0] == 0
-    assert out["OUT_END_ID"].tolist() == [[2], [2]]
+    assert out["INPUT_ID"][0, 0] == START
+    assert out["INPUT_ID"][1, -1] == out["OUT_PAD_ID"][1, 0] == PAD
+    assert out["OUT_END_ID"].tolist() == [[END], [END]]
     assert out["REQUEST_INPUT_LEN"][1, 0] == len(tokenizer.encode("fox", special=False))
     with pytest.raises(RefusedError, match="no BOS token"):
         made.prepare(query(""))
@@ -306,6 +290,6 @@ def test_prompts_of_a_tokenizer_without_bos_begin_with_their_own_first_token(cha
 
 def test_streamed_answer_without_bos_is_the_whole_answer_and_shows_no_end_token(chatml: Path) -> None:
     tokenizer = Tokenizer(chatml)
-    ids = [*tokenizer.encode(" 日本 😀 the lazy dog", special=False), 2]
+    ids = [*tokenizer.encode(" 日本 😀 the lazy dog", special=False), END]
     stream = Stream(tokenizer, Anchor(tokenizer))
     assert "".join([*(stream.push([one]) for one in ids), stream.finish()]) == " 日本 😀 the lazy dog"
