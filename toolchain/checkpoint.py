@@ -101,7 +101,7 @@ class Checkpoint:
         raw = read_json(path / "config.json", hint="Give the folder of a Hugging Face model: --model DIR")
         quantization = _quantization(path, raw)
         config = _with_end_ids(path, family.read_config(raw, str(path / "config.json")))
-        tensors = _read_headers(path)
+        tensors = read_headers(path)
         _check_names(path, config, tensors, quantization)
         return cls(path, config, tensors, quantization)
 
@@ -242,7 +242,8 @@ def _tensor_info(file: Path, name: str, entry: Mapping[str, Any], base: int) -> 
     return TensorInfo(name, dtype, shape, file, base + begin, end - begin)
 
 
-def _read_headers(path: Path) -> dict[str, TensorInfo]:
+def read_headers(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a folder, by its index or from its one file. ArtifactError that names the file at fault."""
     index = path / "model.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")

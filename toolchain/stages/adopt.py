@@ -1,0 +1,96 @@
+"""adopt: a model as another tool wrote it -> the same numbers in the unified Hugging Face layout, a tensor at a time.
+
+What is quantized stays as it was rounded there; what is not becomes a plain checkpoint. Memory is bounded by one
+matrix, and a restart continues at the layer in hand. It knows no format (``quantizers.foreign`` does) and no recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from toolchain import workspace
+from toolchain.errors import ArtifactError
+from toolchain.progress import Progress
+from toolchain.quantizers import foreign, layout, shards
+from toolchain.quantizers.foreign import Foreign
+from toolchain.quantizers.shards import ShardWriter, Unit
+from toolchain.units import GIB, format_bytes
+
+MAX_SHARD_BYTES = 4 * GIB
+_ROOM_FOR_DOCUMENTS = 16 * 2**20
+
+
+def inputs(model: Foreign, tokenizer: str = "") -> dict[str, Any]:
+    """What the imported checkpoint depends on, as plain JSON; ``tokenizer`` is the digest of another folder's."""
+    found = {"model": model.fingerprint, "importer_version": foreign.VERSION}
+    return {**found, "tokenizer": tokenizer} if tokenizer else found
+
+
+def adopt(
+    model: Foreign,
+    draft: workspace.Draft,
+    *,
+    progress: Progress,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Fill ``draft`` with the checkpoint; the caller commits it.
+
+    Writes the shards and their index, ``config.json``, ``hf_quant_config.json`` where it is quantized, and the
+    tokenizer's files. All numbers are checked before the first is written. Raises PlanError for what our layout cannot
+    hold exactly, ArtifactError for a damaged model and for too little room.
+    """
+    units = model.units()
+    plan = shards.plan_shards(units, max_shard_bytes)
+    with progress.task("import: check", model.nbytes, "bytes") as task:
+        model.check(task.advance)
+    with ShardWriter(draft.path, plan, draft.journal(), draft.record) as writer:
+        if writer.finished:
+            progress.note(f"import: resumed at {writer.units_left[0].name if writer.units_left else 'its end'}")
+        _check_room(draft, sum(unit.nbytes for unit in writer.units_left))
+        _write(model, units, writer, progress)
+    for file, digest in writer.hashes.items():
+        draft.known_hash(file, digest)
+    if len(plan) > 1:
+        document = shards.index_document({shard.file: shard.tensor_bytes for shard in plan})
+        workspace.write_durably(draft.path / shards.INDEX, document.encode())
+    _write_documents(model, draft)
+    for side in model.side_files:
+        workspace.write_durably(draft.path / side.name, side.read_bytes())
+
+
+def _write(model: Foreign, units: list[Unit], writer: ShardWriter, progress: Progress) -> None:
+    left = writer.units_left
+    with progress.task("import", sum(unit.nbytes for unit in units), "bytes") as task:
+        task.advance(sum(unit.nbytes for unit in units[: len(units) - len(left)]))
+        for unit in left:
+            task.describe(unit.name)
+            for tensor in unit.tensors:
+                for piece in model.read(tensor):
+                    writer.put(tensor.name, piece)
+                    task.advance(piece.nbytes)
+            writer.end_unit()
+
+
+def _write_documents(model: Foreign, draft: workspace.Draft) -> None:
+    config = model.document
+    if model.scheme is not None:
+        document = layout.hf_quant_config(model.scheme)
+        config["quantization_config"] = layout.quantization_config(document, static_inputs=model.scheme.calibrated)
+        workspace.write_durably(draft.path / layout.HF_QUANT_CONFIG, _json(document))
+    workspace.write_durably(draft.path / "config.json", _json(config))
+
+
+def _json(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _check_room(draft: workspace.Draft, needed: int) -> None:
+    free = shutil.disk_usage(draft.path).free
+    if free < needed + _ROOM_FOR_DOCUMENTS:
+        raise ArtifactError(
+            f"{draft.path}: {format_bytes(needed)} are to be written here and {format_bytes(free)} are free",
+            hint="Make room and run the same command again: finished work is kept.",
+        )
