@@ -146,12 +146,7 @@ class Checkpoint:
         if ranges.is_file():
             digest.update(ranges.read_bytes())
         for file in sorted({info.file for info in self.tensors.values()}):
-            size = file.stat().st_size
-            digest.update(f"{file.name}:{size}".encode())
-            with file.open("rb") as stream:
-                for place in range(_SAMPLES + 1):
-                    stream.seek(max(0, (size - _SAMPLE_BYTES) * place // _SAMPLES))
-                    digest.update(stream.read(_SAMPLE_BYTES))
+            sample_into(digest, file)
         return digest.hexdigest()
 
     def bytes_of(self, name: str) -> npt.NDArray[np.uint8]:
@@ -187,6 +182,16 @@ def _with_end_ids(path: Path, config: LlamaConfig) -> LlamaConfig:
         return replace(config, eos_token_ids=family.end_ids(eos)) if eos is not None else config
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"{file}: eos_token_id is neither a number nor a list of numbers: {eos!r}") from error
+
+
+def sample_into(digest: hashlib._Hash, file: Path) -> None:
+    """Update a digest with a file's name, size and samples: its first and last bytes and 63 places between."""
+    size = file.stat().st_size
+    digest.update(f"{file.name}:{size}".encode())
+    with file.open("rb") as stream:
+        for place in range(_SAMPLES + 1):
+            stream.seek(max(0, (size - _SAMPLE_BYTES) * place // _SAMPLES))
+            digest.update(stream.read(_SAMPLE_BYTES))
 
 
 def read_json(path: Path, *, hint: str = "") -> dict[str, Any]:
@@ -256,7 +261,9 @@ def read_headers(path: Path) -> dict[str, TensorInfo]:
         pickled = any(path.glob("*.bin")) or any(path.glob("*.pth"))
         raise ArtifactError(
             f"{path}: has no model.safetensors" + (" (only pickled weights, which can run code)" if pickled else ""),
-            hint="Use the safetensors version of the model.",
+            hint="Use the safetensors version of the model"
+            + (", or convert it: scalellm import SRC OUT" * pickled)
+            + ".",
         )
     tensors: dict[str, TensorInfo] = {}
     for file in files:
@@ -370,9 +377,9 @@ def is_hub_name(source: str) -> bool:
 
 
 def find(source: str) -> Path | None:
-    """The model's folder if it is on this machine: a folder of that name, or the Hugging Face cache. No network."""
+    """The model's folder (or GGUF file) if it is on this machine: of that name, or in the Hugging Face cache."""
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    if folder.exists():
         return folder
     if not is_hub_name(source):
         return None

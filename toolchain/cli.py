@@ -371,6 +371,57 @@ def doctor(work: Path, json_output: bool, verbose: int) -> None:
 
 
 @verbs.command()
+@click.argument("path", metavar="DIR|FILE", type=_Path)
+@_common
+def inspect(path: Path, json_output: bool, verbose: int) -> None:
+    """Say what the folder of a model, or a GGUF file, is, and whether and how scalellm takes it.
+
+    \b
+    Examples:
+      scalellm inspect ./Llama-2-13B-chat-AWQ
+      scalellm inspect llama-3.2-1b.Q4_0.gguf
+    """
+    from toolchain.stages.inspect import inspect as look
+
+    screen = _screen(json_output, verbose)
+    found = look(path)
+    screen.emit({**vars(found), "identity": vars(found.identity)})
+    screen.inspection(found)
+
+
+@verbs.command("import")
+@click.argument("source", metavar="SRC", type=_Path)
+@click.argument("out", metavar="OUT", type=_Path)
+@click.option("--tokenizer", type=_Path, metavar="DIR", help="Take the tokenizer's files from this folder.")
+@_common
+def import_(source: Path, out: Path, tokenizer: Path | None, json_output: bool, verbose: int) -> None:
+    """Turn a model that another tool wrote into a checkpoint of the unified layout, without rounding it again.
+
+    SRC is a folder of AutoAWQ, GPTQ, compressed-tensors or pickled weights, or a GGUF file. Interrupted work continues.
+
+    \b
+    Examples:
+      scalellm import ./Llama-2-13B-chat-GPTQ ./imported
+      scalellm import llama-3.2-1b.Q4_0.gguf ./imported
+    """
+    from toolchain.errors import PlanError
+    from toolchain.pipeline import import_model
+    from toolchain.quantizers.foreign import open_foreign
+    from toolchain.stages.adopt import spoken
+
+    screen = _screen(json_output, verbose)
+    model = open_foreign(source)
+    if model is None:
+        raise PlanError(f"{source}: needs no import", hint=f"scalellm build --recipe RECIPE --model {source}")
+    state = import_model(model, out, screen, tokenizer)
+    action = "kept" if state.fresh else "made"
+    recipe = spoken(model.scheme)
+    screen.emit({"folder": out, "action": action, "recipe": recipe})
+    screen.say(f"import: {'up to date, kept' if state.fresh else 'made'} ({out})")
+    screen.say(f"Next: scalellm build --recipe RECIPE --model {out}   # the recipe says {recipe}")
+
+
+@verbs.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print the completion script for a shell.

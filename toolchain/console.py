@@ -103,6 +103,27 @@ class Screen:
         for warning in plan.warnings:
             self.say(f"note: {warning}")
 
+    def inspection(self, found: Any) -> None:
+        """What a folder is (``stages.inspect.Inspection``), and what to type."""
+        one = found.identity
+        use = {"direct": "yes, as it is", "import": "yes, imported first", "refused": "no"}[one.use]
+        size = f"{found.architecture}, {found.parameters / 1e9:.2f} billion parameters, {found.layers} layers"
+        quantized = [one.group_size and f"groups of {one.group_size}", one.zero_points and "zero points"]
+        quantized += [one.act_order and "act order", one.kv != "fp16" and f"{one.kv} cache"]
+        rows = [
+            ("what", one.title),
+            ("model", f"{size}, {found.dtype}" if found.architecture else "not of a family that scalellm knows"),
+            ("weights", ", ".join([one.weights or "of no kind that a recipe has", *filter(None, quantized)])),
+            ("calibrated", "yes" if found.calibrated else "no"),
+            ("written by", found.identity.producer or "not said"),
+            ("files", f"{found.weight_files} with weights, {format_bytes(found.nbytes)} in all"),
+            ("stamp", found.stamp or "none of scalellm's"),
+            ("usable", f"{use}. {one.reason}".strip(". ") + "."),
+            *(("note", note) for note in one.notes),
+        ]
+        self.table(str(one.path), ("", ""), rows)
+        self.say(f"Next: {found.next}" if found.next else "")
+
     def serving(self, info: Any) -> None:
         """Where the server can be reached, and a command to try (``stages.serve.ServingInfo``)."""
         self.emit(vars(info))

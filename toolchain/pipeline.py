@@ -25,8 +25,10 @@ from toolchain.errors import ArtifactError
 from toolchain.family import LlamaConfig, published, read_config
 from toolchain.plan import Plan, make_plan
 from toolchain.progress import Progress
-from toolchain.quantizers import conversations, report_html, samples
+from toolchain.quantizers import conversations, foreign, report_html, samples
+from toolchain.quantizers.foreign import Foreign
 from toolchain.recipe import Recipe
+from toolchain.stages import adopt as adopt_stage
 from toolchain.stages import build as build_stage
 from toolchain.stages import package as package_stage
 from toolchain.stages import quantize as quantize_stage
@@ -73,9 +75,10 @@ class Job:
         self.folder = work / recipe.name
         self.work = work
         self.progress = progress
-        self._model = _Model(self.source, self.folder / "checkpoint")
+        self._model = _Model(self.source, self.folder, progress)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         self.plan: Plan = make_plan(recipe, self._model.config, host_memory_bytes=memory)
+        self._model.check(self.plan)
 
     def states(self) -> list[State]:
         """What is fresh and what is stale, without making anything. Stale inputs make stale all that follows."""
@@ -193,18 +196,33 @@ class _Model:
     """The model behind a job, opened only as far as is needed.
 
     ``config`` comes from the model's folder; where that is not on this machine, from a quantized checkpoint that was
-    brought along, else from what is published of a model of that name. ``opened`` fetches the model if it must.
+    brought along, else from what is published of a model of that name. ``opened`` fetches the model if it must, and
+    imports one that another tool wrote into ``WORK/RECIPE/imported`` first.
     """
 
-    def __init__(self, source: str, quantized: Path) -> None:
+    def __init__(self, source: str, folder: Path, progress: Progress) -> None:
         self._source = source
-        self._quantized = quantized
+        self._quantized = folder / "checkpoint"
+        self._imported = folder / "imported"
+        self._progress = progress
         self._opened: Checkpoint | None = None
         self._stamp: Stamp | None = None
-        folder = checkpoints.find(source)
-        if folder is None:
-            self._stamp = workspace.current(quantized)
-        self.config: LlamaConfig = self._config(folder)
+        found = checkpoints.find(source)
+        self._foreign = foreign.open_foreign(found) if found else None
+        if found is None:
+            self._stamp = workspace.current(self._quantized)
+        self.config: LlamaConfig = self._foreign.config if self._foreign else self._config(found)
+
+    def check(self, plan: Plan) -> None:
+        """Raises PlanError where the weights of a foreign model are not those that the recipe asks for."""
+        if self._foreign:
+            adopt_stage.check(
+                Path(self._source),
+                self._foreign,
+                weights=plan.weights.name,
+                group_size=plan.group_size,
+                static_inputs=plan.backend != "openvino",
+            )
 
     def _config(self, folder: Path | None) -> LlamaConfig:
         folder = folder or (self._quantized if self._stamp else None)
@@ -219,6 +237,8 @@ class _Model:
         """Of the model's files; from the checkpoint's stamp where the model is not here; None where neither is."""
         if self._stamp is not None:
             return str(self._stamp.inputs["model"])
+        if self._foreign is not None:
+            return workspace.key_of(adopt_stage.inputs(self._foreign))
         return self.opened().fingerprint if self._opened or checkpoints.find(self._source) else None
 
     def calibration_digest(self, data: str) -> str | None:
@@ -233,12 +253,39 @@ class _Model:
                 f"{self._quantized}: must be made again, and the model it was made from is not on this machine",
                 hint=_NAME_A_MODEL,
             )
-        if self._opened is None:
+        if self._opened is None and self._foreign is not None:
+            import_model(self._foreign, self._imported, self._progress)
+            self._opened = Checkpoint.open(self._imported)
+        elif self._opened is None:
             self._opened = Checkpoint.open(checkpoints.download(self._source))
         return self._opened
 
 
 _NAME_A_MODEL = "Give the folder of a Hugging Face model: --model DIR"
+
+
+def import_model(model: Foreign, target: Path, progress: Progress, tokenizer: Path | None = None) -> State:
+    """A foreign model as a stamped checkpoint in ``target``, made unless it is there. -> its state before.
+
+    Raises ArtifactError where ``target`` is a folder of something else.
+    """
+    inputs = adopt_stage.inputs(model, tokenizer)
+    state = _state("imported", target, inputs)
+    if state.fresh:
+        return state
+    stamp = workspace.read_stamp(target)
+    if (
+        target.exists()
+        and not (target.is_dir() and not any(target.iterdir()))
+        and (not stamp or stamp.stage != "imported")
+    ):
+        raise ArtifactError(
+            f"{target}: exists and is no import of scalellm's", hint="Name a folder that is not there yet."
+        )
+    with workspace.draft(target, "imported", inputs) as draft:
+        adopt_stage.adopt(model, draft, progress=progress, tokenizer=tokenizer)
+        draft.commit(versions={"scalellm": __version__}, recipe="")
+    return state
 
 
 def quantize_inputs(plan: Plan, fingerprint: str | None, calibration_digest: str | None = None) -> dict[str, Any]:

@@ -91,8 +91,10 @@ class Quantization(Section):
         "int8_sq: SmoothQuant, int8 weights and activations (W8A8); calibrated; needs SM 8.0 or newer. "
         "int4_fp8: int4 weights by AWQ and fp8 activations (W4A8); calibrated; needs SM 8.9 or newer.",
     )
-    group_size: Literal[64, 128] = Field(
-        default=128, description="Input channels that share one scale; only with int4, and int4_fp8, which takes 128."
+    group_size: Literal[32, 64, 128] = Field(
+        default=128,
+        description="Input channels that share one scale; only with int4, and int4_fp8, which takes 128. "
+        "32 only with the openvino backend.",
     )
     scales: Literal["modelopt", "mse"] = Field(
         default="mse",

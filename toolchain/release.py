@@ -52,6 +52,8 @@ class BackendFacts:
     name: str
     title: str
     weights: tuple[str, ...]
+    group_sizes: tuple[int, ...]
+    """Of int4 weights, best first."""
     kv: tuple[str, ...]
     source: str
     date: str
@@ -89,7 +91,13 @@ def backends() -> Mapping[str, BackendFacts]:
     return MappingProxyType(
         {
             name: BackendFacts(
-                name, row["title"], tuple(row["weights"]), tuple(row["kv"]), row["source"], str(row["date"])
+                name,
+                row["title"],
+                tuple(row["weights"]),
+                tuple(row["group_sizes"]),
+                tuple(row["kv"]),
+                row["source"],
+                str(row["date"]),
             )
             for name, row in workspace.facts("backends").items()
         }

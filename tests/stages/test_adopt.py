@@ -43,7 +43,7 @@ def test_the_folder_is_stamped_and_keeps_the_tokenizer_and_every_key_of_config_j
     assert (target / "tokenizer_config.json").read_text() == '{"model_max_length": 2048}'
     for name, digest in digests(target).items():
         assert hashlib.sha256((target / name).read_bytes()).hexdigest() == digest
-    assert workspace.require(target, "import").inputs["importer_version"] == foreign.VERSION
+    assert workspace.require(target, "imported").inputs["importer_version"] == foreign.VERSION
 
 
 def test_several_shards_have_an_index(tmp_path, source):
@@ -62,7 +62,7 @@ class Stop(BaseException):
 def stop_after(units: int, source: Path, target: Path) -> None:
     """An import that ends once so many units are in the journal."""
     model = foreign.open_foreign(source)
-    with workspace.draft(target, "import", stage.inputs(model)) as draft:
+    with workspace.draft(target, "imported", stage.inputs(model)) as draft:
         record, entries = draft.record, []
 
         def stop(entry):
@@ -85,7 +85,7 @@ def test_an_interrupted_import_goes_on_and_gives_the_same_bytes(tmp_path, source
     model = foreign.open_foreign(source.path)
     read = model.read
     model.read = lambda plan: reads.append(plan.name) or read(plan)
-    with workspace.draft(tmp_path / "out", "import", stage.inputs(model)) as draft:
+    with workspace.draft(tmp_path / "out", "imported", stage.inputs(model)) as draft:
         stage.adopt(model, draft, progress=Silent())
         draft.commit(versions={}, recipe="")
     assert "model.embed_tokens.weight" not in reads

@@ -6,16 +6,20 @@ matrix, and a restart continues at the layer in hand. It knows no format (``quan
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from toolchain import workspace
-from toolchain.errors import ArtifactError
+from toolchain.checkpoint import SIDE_FILES
+from toolchain.errors import ArtifactError, PlanError
 from toolchain.progress import Progress
 from toolchain.quantizers import foreign, layout, shards
 from toolchain.quantizers.foreign import Foreign
+from toolchain.quantizers.layout import Scheme
 from toolchain.quantizers.shards import ShardWriter, Unit
 from toolchain.units import GIB, format_bytes
 
@@ -23,10 +27,44 @@ MAX_SHARD_BYTES = 4 * GIB
 _ROOM_FOR_DOCUMENTS = 16 * 2**20
 
 
-def inputs(model: Foreign, tokenizer: str = "") -> dict[str, Any]:
-    """What the imported checkpoint depends on, as plain JSON; ``tokenizer`` is the digest of another folder's."""
+def inputs(model: Foreign, tokenizer: Path | None = None) -> dict[str, Any]:
+    """What the imported checkpoint depends on, as plain JSON."""
     found = {"model": model.fingerprint, "importer_version": foreign.VERSION}
-    return {**found, "tokenizer": tokenizer} if tokenizer else found
+    if tokenizer is None:
+        return found
+    files = {name: hashlib.sha256(content).hexdigest() for name, content in _tokenizer(tokenizer).items()}
+    return {**found, "tokenizer": files}
+
+
+def spoken(scheme: Scheme | None) -> str:
+    """What a recipe says of such weights: ``"quantization: {weights: int4, group_size: 32}"``."""
+    if scheme is None:
+        return "quantization: {weights: none}, or any other"
+    group = f", group_size: {scheme.group_size}" if scheme.group_size else ""
+    return f"quantization: {{weights: {scheme.weights}{group}}}"
+
+
+def check(path: Path, model: Foreign, *, weights: str, group_size: int | None, static_inputs: bool) -> None:
+    """Raises PlanError where a recipe asks for other weights than a quantized foreign model has.
+
+    ``static_inputs``: whether the backend's FP8 needs the ranges of each matrix's inputs.
+    """
+    scheme = model.scheme
+    if scheme is None:
+        return
+    if (weights, group_size) != (scheme.weights, scheme.group_size or None):
+        asked = weights + (f" in groups of {group_size}" if group_size else "")
+        has = scheme.weights + (f" in groups of {scheme.group_size}" if scheme.group_size else "")
+        raise PlanError(
+            f"{path}: its weights are {has} already and cannot become {asked}",
+            hint=f"Write in the recipe: {spoken(scheme)}\nor start from the unquantized model: --model DIR",
+        )
+    if scheme.weights == "fp8" and static_inputs and not scheme.calibrated:
+        raise PlanError(
+            f"{path}: its FP8 weights come without the ranges of their inputs (they are dynamic), and TensorRT-LLM's "
+            "FP8 needs them",
+            hint="Start from the unquantized model: --model DIR   or run it on device: cpu",
+        )
 
 
 def adopt(
@@ -34,14 +72,16 @@ def adopt(
     draft: workspace.Draft,
     *,
     progress: Progress,
+    tokenizer: Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Fill ``draft`` with the checkpoint; the caller commits it.
+    """Fill ``draft`` with the checkpoint; the caller commits it. ``tokenizer`` is a folder to take that from instead.
 
     Writes the shards and their index, ``config.json``, ``hf_quant_config.json`` where it is quantized, and the
     tokenizer's files. All numbers are checked before the first is written. Raises PlanError for what our layout cannot
     hold exactly, ArtifactError for a damaged model and for too little room.
     """
+    sides = model.side_files() if tokenizer is None else _tokenizer(tokenizer)
     units = model.units()
     plan = shards.plan_shards(units, max_shard_bytes)
     with progress.task("import: check", model.nbytes, "bytes") as task:
@@ -57,8 +97,15 @@ def adopt(
         document = shards.index_document({shard.file: shard.tensor_bytes for shard in plan})
         workspace.write_durably(draft.path / shards.INDEX, document.encode())
     _write_documents(model, draft)
-    for side in model.side_files:
-        workspace.write_durably(draft.path / side.name, side.read_bytes())
+    for name, content in sides.items():
+        workspace.write_durably(draft.path / name, content)
+
+
+def _tokenizer(folder: Path) -> dict[str, bytes]:
+    found = {name: (folder / name).read_bytes() for name in SIDE_FILES if (folder / name).is_file()}
+    if not {"tokenizer.json", "tokenizer.model"} & set(found):
+        raise ArtifactError(f"{folder}: has no tokenizer.json and no tokenizer.model", hint="--tokenizer DIR")
+    return found
 
 
 def _write(model: Foreign, units: list[Unit], writer: ShardWriter, progress: Progress) -> None:

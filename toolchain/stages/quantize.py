@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain import family, workspace
-from toolchain.checkpoint import KV_RANGES, Checkpoint, read_json
+from toolchain.checkpoint import KV_RANGES, Checkpoint, CheckpointQuantization, read_json
 from toolchain.errors import ArtifactError, PlanError
 from toolchain.progress import Progress
-from toolchain.quantization import WEIGHTS
+from toolchain.quantization import WEIGHTS, weights_of
 from toolchain.quantizers import METHODS, SCALES, layout, report, shards
 from toolchain.quantizers.layout import Scheme
 from toolchain.quantizers.shards import Shard, ShardWriter, Unit
@@ -87,7 +87,7 @@ def check(checkpoint: Checkpoint, scheme: Scheme) -> None:
         raise PlanError(
             f"{checkpoint.path}: its weights are {found.quant_algo} already and cannot become {scheme.weights}"
             + (f" in groups of {group_size}" if group_size else ""),
-            hint="Start from the unquantized model: --model DIR",
+            hint=f"Write in the recipe: {spoken(found)}\nor start from the unquantized model: --model DIR",
         )
     if wanted.calibrated_always and not found and not scheme.calibrated:
         raise PlanError(f"weights: {scheme.weights} needs text to calibrate on", hint="calibration: {data: builtin}")
@@ -116,6 +116,14 @@ def _check_groups(checkpoint: Checkpoint, scheme: Scheme, group_size: int) -> No
                 f"needs an input width that is a multiple of {group_size} and an even output width",
                 hint="Use weights: int4 with group_size: 64, or weights: int8, fp8 or none.",
             )
+
+
+def spoken(found: CheckpointQuantization) -> str:
+    """What a recipe says of such weights: ``"quantization: {weights: int4, group_size: 64}"``."""
+    scheme = weights_of(found.quant_algo)
+    assert scheme is not None
+    group = f", group_size: {found.group_size or 128}" if scheme.group_sizes else ""
+    return f"quantization: {{weights: {scheme.name}{group}}}"
 
 
 def _convert(

@@ -19,7 +19,7 @@ def adopt(source: Path, target: Path, **options: object) -> Path:
     """Import ``source`` into ``target``."""
     model = foreign.open_foreign(source)
     assert model is not None
-    with workspace.draft(target, "import", stage.inputs(model)) as draft:
+    with workspace.draft(target, "imported", stage.inputs(model)) as draft:
         stage.adopt(model, draft, progress=Silent(), **options)
         draft.commit(versions={}, recipe="")
     return target

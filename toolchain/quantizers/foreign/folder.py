@@ -66,9 +66,9 @@ class Folder:
     def nbytes(self) -> int:
         return self.store.nbytes
 
-    @property
-    def side_files(self) -> list[Path]:
-        return self.store.side_files
+    def side_files(self) -> dict[str, bytes]:
+        """The tokenizer's files and the generation configuration, by name."""
+        return {file.name: file.read_bytes() for file in self.store.side_files}
 
     @property
     def fingerprint(self) -> str:

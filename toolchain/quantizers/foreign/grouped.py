@@ -124,6 +124,7 @@ class GroupedFolder(Folder):
             raise self.zero_points_do_not_fit(bad, total, first)
 
     def zero_points_do_not_fit(self, bad: int, total: int, first: str) -> PlanError:
+        """What is wrong where ``bad`` of the ``total`` groups that were looked at do not fit, ``first`` in a matrix."""
         low, high = -self.middle, self.middle - 1
         return PlanError(
             f"{self.path}: it has zero points, and in {100 * bad / total:.1f} % of its groups ({bad} of {total}, the "
