@@ -42,7 +42,9 @@ def test_help_imports_no_heavy_library():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("verb", ["plan", "quantize", "build", "package", "serve", "infer", "recipes", "doctor"])
+@pytest.mark.parametrize(
+    "verb", ["plan", "quantize", "build", "package", "serve", "infer", "recipes", "doctor", "inspect", "import"]
+)
 def test_every_verb_has_help_with_an_example(scalellm, verb):
     done = scalellm(verb, "--help")
     assert done.returncode == 0

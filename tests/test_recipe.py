@@ -127,7 +127,7 @@ def test_recipe_with_five_mistakes_reports_all_five_with_their_lines(tmp_path: P
         (GOOD + "kv_cache: {max_tokens: 10}\nlimits: {max_seq_len: 20}\n", "holds not even one sequence"),
         (GOOD + "quantization: {group_size: 64}\n", "quantization.group_size: only with weights: int4"),
         (GOOD + "quantization: {weights: fp8, scales: mse}\n", "quantization.scales: only with weights: int4"),
-        (GOOD + "quantization: {weights: int4, group_size: 32}\n", "32 is not one of 64, 128"),
+        (GOOD + "quantization: {weights: int4, group_size: 48}\n", "48 is not one of 32, 64, 128"),
         (GOOD + "quantization: {weights: fp8, method: awq}\n", "quantization.method: only with weights: int4"),
         (GOOD + "quantization: {method: rtn}\n", "quantization.method: only with weights: int4"),
         (GOOD + "quantization: {weights: int4, method: awk}\n", "not one of rtn, awq, gptq (did you mean 'awq'?)"),

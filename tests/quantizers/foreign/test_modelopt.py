@@ -97,7 +97,7 @@ def test_an_int4_folder_that_does_not_state_its_group_size_is_told_by_its_shapes
 def test_other_kinds_are_refused_by_name(tmp_path, quantization, reason):
     source = write_quantized(random_llama(), tmp_path / "fp8", "fp8")
     state(source.path, **quantization)
-    if "exclude_modules" in quantization or "kv_cache_quant_algo" in quantization:
+    if "exclude_modules" in quantization:
         source.tensors["model.layers.1.mlp.down_proj.weight"] = torch.ones(256, 512, dtype=torch.float16)
         save_file(source.tensors, source.path / "model.safetensors", {"format": "pt"})
     assert foreign.identify(source.path).use == "refused"

@@ -172,7 +172,7 @@ def _recognize(path: Path) -> _Found:
     settings, method = _settings(path, raw)
     if method == "modelopt":
         identity = Identity(path, use="direct", **modelopt.facts(path, raw))
-        if _opens(path):
+        if _opens(path, raw):
             return identity, None
         return replace(identity, use="import"), lambda: modelopt.ModelOpt(path, raw, _tensors(path))
     if method is None and pickled.is_pickled(path):
@@ -186,8 +186,12 @@ def _recognize(path: Path) -> _Found:
     return _METHODS[method](path, raw, settings)
 
 
-def _opens(path: Path) -> bool:
+def _opens(path: Path, raw: Mapping[str, Any]) -> bool:
+    """Whether a folder of ModelOpt's layout needs nothing."""
+    from toolchain.quantizers.foreign import modelopt
+
     try:
+        modelopt.refuse_unread(path, raw)
         Checkpoint.open(path)
     except (PlanError, ArtifactError):
         return False
