@@ -94,7 +94,7 @@ def test_workers_do_not_change_a_bit_and_a_shared_factor_neither(scales: str) ->
     made = [gptq.quantize(weight, hessian, group_size=128, scales=scales)]
     for threads in (1, 3):
         with Workers(threads) as workers:
-            made.append(gptq.quantize(weight, gptq.factor(hessian), group_size=128, scales=scales, workers=workers))
+            made.append(gptq.quantize(weight, gptq.factor(hessian.clone()), group_size=128, scales=scales, workers=workers))
     assert torch.equal(hessian, before)
     for other in made[1:]:
         assert torch.equal(other.packed, made[0].packed)
@@ -112,7 +112,7 @@ def test_reported_error_is_that_of_the_stored_bytes() -> None:
 def test_factor_is_the_upper_triangle_whose_square_is_the_damped_hessian() -> None:
     _, x, _ = problem()
     hessian = x.T @ x
-    made = gptq.factor(hessian)
+    made = gptq.factor(hessian.clone())
     upper = made.upper.double()
     damped = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(256)
     assert made.damp == 0.01
@@ -152,7 +152,7 @@ def test_a_hessian_that_float32_cannot_factor_takes_float64() -> None:
     hessian = row.T @ row  # exact, of rank one; a millionth of a millionth on the diagonal is lost in float32
     damped = hessian.double() + 1e-12 * hessian.diagonal().double().mean() * torch.eye(256)
     assert torch.linalg.cholesky_ex(damped.float()).info > 0
-    made = gptq.factor(hessian, damp=1e-12)
+    made = gptq.factor(hessian.clone(), damp=1e-12)
     assert made.damp == 1e-12
     assert torch.isfinite(made.upper).all()
 

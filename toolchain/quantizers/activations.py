@@ -2,7 +2,7 @@
 
 They are written once, front to back, and read in chunks. The system's page cache keeps them in memory as long as there
 is room, and gives it back when there is none, so no limit has to be set; and a file that is fsynced and hashed is what
-an interrupted run continues from. It does no arithmetic and knows no layer.
+an interrupted run continues from. It does no arithmetic and knows no layer and no device.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from toolchain.quantizers.budget import MOST_TOKENS
 from toolchain.quantizers.source import as_bytes
-
-_CHUNK_TOKENS = 2048
-"""Tokens that go through a layer at once: a GEMM's full speed, in some hundred MB even for a wide MLP."""
 
 
 class Activations:
@@ -27,10 +25,13 @@ class Activations:
     At most three of them lie in ``folder`` at a time, when the caller drops those that are behind.
     """
 
-    def __init__(self, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    def __init__(
+        self, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, chunk_tokens: int = MOST_TOKENS
+    ) -> None:
         self._folder = folder
         self._shape = shape
         self._dtype = dtype
+        self._chunk_tokens = chunk_tokens
 
     @property
     def nbytes(self) -> int:
@@ -39,9 +40,12 @@ class Activations:
         return samples * tokens * hidden * self._dtype.itemsize
 
     def chunks(self) -> list[slice]:
-        """Whole samples in pieces of about 2048 tokens; the same pieces in every run, so the bits are the same."""
+        """Whole samples in pieces of ``chunk_tokens`` tokens at most, if one sample is not longer.
+
+        The bits of a product depend on how many rows it has, so an interrupted run goes on with the same pieces.
+        """
         samples, tokens, _ = self._shape
-        step = max(1, _CHUNK_TOKENS // tokens)
+        step = max(1, self._chunk_tokens // tokens)
         return [slice(start, min(start + step, samples)) for start in range(0, samples, step)]
 
     def read(self, place: int) -> Iterator[torch.Tensor]:
@@ -55,14 +59,18 @@ class Activations:
 
     def write(self, place: int, chunks: Iterator[torch.Tensor]) -> str:
         """Store the chunks as ``place``. -> their sha256, once they are on the disk."""
-        digest = hashlib.sha256()
-        with self._file(place).open("wb") as stream:
-            for chunk in chunks:
-                data = memoryview(as_bytes(chunk.contiguous()))  # type: ignore[arg-type]
-                stream.write(data)
-                digest.update(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+        digest, path = hashlib.sha256(), self._file(place)
+        try:
+            with path.open("wb", buffering=0) as stream:
+                for chunk in chunks:
+                    data = memoryview(as_bytes(chunk.contiguous()))  # type: ignore[arg-type]
+                    digest.update(data)
+                    while data:  # less than all is taken just before the disk is full
+                        data = data[stream.write(data) :]
+                os.fsync(stream.fileno())
+        except OSError as error:
+            error.filename = error.filename or str(path)
+            raise
         return digest.hexdigest()
 
     def holds(self, place: int, sha256: str, advance: Callable[[int], None] = lambda _count: None) -> bool:

@@ -17,6 +17,7 @@ from toolchain import family
 from toolchain.errors import ArtifactError
 from toolchain.quantizers import forward
 from toolchain.quantizers.activations import Activations
+from toolchain.quantizers.budget import MOST_TOKENS
 from toolchain.quantizers.layer import restore
 from toolchain.quantizers.samples import Samples
 from toolchain.quantizers.source import Source
@@ -29,13 +30,13 @@ HIDDEN = "hidden"
 class Calibration:
     """The samples' hidden states between the layers of one model."""
 
-    def __init__(self, source: Source, samples: Samples, folder: Path) -> None:
+    def __init__(self, source: Source, samples: Samples, folder: Path, chunk_tokens: int = MOST_TOKENS) -> None:
         self._source = source
         self._config = source.checkpoint.config
         self._samples = samples
-        self._dtype = compute_dtype(source.weight("model.embed_tokens.weight").dtype)
+        self._dtype = compute_dtype(source.on_host("model.embed_tokens.weight").dtype)
         count, tokens = samples.token_ids.shape
-        self._store = Activations(folder, (count, tokens, self._config.hidden_size), self._dtype)
+        self._store = Activations(folder, (count, tokens, self._config.hidden_size), self._dtype, chunk_tokens)
         self._check_ids()
 
     @property
@@ -55,7 +56,7 @@ class Calibration:
 
     def embed(self) -> dict[str, Any]:
         """Store the embedded samples. -> what the journal keeps."""
-        table = self._source.weight("model.embed_tokens.weight")
+        table = self._source.on_host("model.embed_tokens.weight")
         ids = torch.from_numpy(self._samples.token_ids)
         chunks = (forward.embed(table, ids[part]).to(self._dtype) for part in self._store.chunks())
         digest = self._store.write(0, chunks)
@@ -114,7 +115,7 @@ class Calibration:
 
     def _through(self, layer: int, weights: Mapping[str, torch.Tensor], tap: forward.Tap) -> Iterator[torch.Tensor]:
         for hidden in self._store.read(layer):
-            yield forward.decoder_layer(hidden, weights, self._config, tap)
+            yield forward.decoder_layer(hidden.to(self._source.device), weights, self._config, tap)
 
     def _names(self, layer: int) -> dict[str, str]:
         return {name: f"model.layers.{layer}.{name}" for name in family.layer_tensors(self._config)}
@@ -134,7 +135,7 @@ class Calibration:
             elif stored.dtype == self._dtype and stored.data_ptr() % stored.element_size() == 0:
                 weights[name] = stored
             else:
-                weights[name] = torch.empty(stored.shape, dtype=self._dtype).copy_(stored)
+                weights[name] = torch.empty(stored.shape, dtype=self._dtype, device=stored.device).copy_(stored)
                 self._source.release(full)
         return weights
 
@@ -155,7 +156,7 @@ class Calibration:
 
     def _not_finite(self, layer: int, tap: str) -> ArtifactError:
         for full in self._names(layer).values():
-            if not bool(torch.isfinite(self._source.weight(full)).all()):
+            if not bool(torch.isfinite(self._source.on_host(full)).all()):
                 return self._source.not_finite(full)
         place = {"k": "the keys", "v": "the values"}.get(tap, f"the input of {tap}")
         return ArtifactError(
@@ -166,7 +167,9 @@ class Calibration:
 
 
 def compute_dtype(stored: torch.dtype) -> torch.dtype:
-    """In which dtype a model of this dtype is run on a CPU, where float16 GEMMs are ten times slower than bfloat16."""
+    """In which dtype a model of this dtype is run: bfloat16 for float16, whose GEMMs are ten times slower on a CPU.
+
+    A GPU takes the same, so that what it makes can be compared with what a CPU makes."""
     return torch.float32 if stored == torch.float32 else torch.bfloat16
 
 

@@ -8,12 +8,14 @@ before it are rounded. That is the paper's recursion without its inverse of H: l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from toolchain.quantizers import NotFiniteError, WeightError, int4, total
+from toolchain.quantizers.budget import FLOAT64_FACTOR_BYTES
 from toolchain.quantizers.int4 import Int4Matrix
 from toolchain.quantizers.rows import Scratch, Workers
 
@@ -21,6 +23,8 @@ DAMP = 0.01
 """Of the mean of H's diagonal, added to the diagonal. The paper's value (section 3.3, step 3)."""
 
 _MOST_DAMP = 1.0
+_KEPT_ROWS = 512
+_REVERSED_AT_ONCE = 2**20
 _COLUMNS_IN_FLIGHT = 384  # gives row blocks of 1024 on a CPU: enough for the matrix products, 20 MB at 5120 columns
 _STEPS = {"modelopt": int4._amax_over_seven, "mse": int4._least_squares}
 
@@ -37,28 +41,64 @@ class Factor:
 
 @torch.no_grad()
 def factor(hessian: torch.Tensor, damp: float = DAMP) -> Factor:
-    """X^T X, or any multiple of it, [in, in] -> Factor. ``hessian`` is left alone; two more matrices of its size exist.
+    """X^T X, or any multiple of it, float32 [in, in] -> Factor, in the very memory of ``hessian``, which is given up.
 
-    Where float32 fails, float64 is tried, then ten times the damping, up to the whole mean of the diagonal. Raises
+    Half as much again is taken meanwhile, to begin anew from where float32 fails: then float64 is tried, as long as
+    such a matrix takes no more than 1 GiB, then ten times the damping, up to the whole mean of the diagonal. Raises
     NotFiniteError for NaN or infinity in ``hessian``, or where it is no Gram matrix at all.
     """
-    diagonal = hessian.diagonal().double()
     if not torch.isfinite(hessian.sum(dtype=torch.float64)):
         raise NotFiniteError
+    flipped = _reverse_(hessian.contiguous())  # H = R R^T is, both axes reversed, Cholesky's L L^T
+    diagonal = flipped.diagonal().double()
     mean = float(diagonal.mean()) or 1.0
+    dtypes = (torch.float32, torch.float64) if 8 * flipped.numel() <= FLOAT64_FACTOR_BYTES else (torch.float32,)
+    original = _lower_half(flipped)
     while True:
-        for dtype in (torch.float32, torch.float64):
-            damped = hessian.flip(0, 1).to(dtype)
-            on_diagonal = diagonal.flip(0) + damp * mean
-            on_diagonal[diagonal.flip(0) == 0] = mean  # a channel that was never active: rounded as it is
+        on_diagonal = diagonal + damp * mean
+        on_diagonal[diagonal == 0] = mean  # a channel that was never active: rounded as it is
+        for dtype in dtypes:
+            damped = flipped.to(dtype)
             damped.diagonal().copy_(on_diagonal)
-            lower, failed = torch.linalg.cholesky_ex(damped)
-            del damped
-            if not failed and torch.isfinite(lower.diagonal()).all():
-                return Factor(lower.float().flip(0, 1), damp)
+            # Its own transpose, so that LAPACK's order of columns costs no copy, and the result takes its place.
+            lower, info = damped.mT, torch.empty((), dtype=torch.int32, device=damped.device)
+            torch.linalg.cholesky_ex(lower, out=(lower, info))
+            if not info and torch.isfinite(lower.diagonal()).all():
+                del original
+                return Factor(_reverse_(flipped.copy_(damped)).mT, damp)
+            _restore_(flipped, original)
         if damp >= _MOST_DAMP:
             raise NotFiniteError
         damp = min(10 * max(damp, DAMP), _MOST_DAMP)
+
+
+def _reverse_(matrix: torch.Tensor) -> torch.Tensor:
+    """A contiguous matrix with both axes reversed, in place: its elements back to front."""
+    flat = matrix.view(-1)
+    half = len(flat) // 2
+    for start in range(0, half, _REVERSED_AT_ONCE):
+        front = flat[start : min(start + _REVERSED_AT_ONCE, half)]
+        back = flat[len(flat) - start - len(front) : len(flat) - start]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
+    return matrix
+
+
+def _lower_half(matrix: torch.Tensor) -> list[torch.Tensor]:
+    """Copies of the lower triangle of a square matrix, in blocks of rows up to the diagonal's block."""
+    return [matrix[start : start + _KEPT_ROWS, : start + _KEPT_ROWS].clone() for start in _block_starts(matrix)]
+
+
+def _restore_(matrix: torch.Tensor, lower: Sequence[torch.Tensor]) -> None:
+    """Make a matrix again the symmetric one whose ``_lower_half`` this is."""
+    for start, block in zip(_block_starts(matrix), lower, strict=True):
+        matrix[start : start + _KEPT_ROWS, : start + _KEPT_ROWS] = block
+        matrix[:start, start : start + _KEPT_ROWS] = block[:, :start].mT
+
+
+def _block_starts(matrix: torch.Tensor) -> range:
+    return range(0, len(matrix), _KEPT_ROWS)
 
 
 @torch.no_grad()
@@ -71,7 +111,7 @@ def quantize(
     damp: float = DAMP,
     workers: Workers | None = None,
 ) -> Int4Matrix:
-    """[out, in] of any float dtype and X^T X [in, in], or its ``factor`` -> Int4Matrix.
+    """[out, in] of any float dtype and X^T X [in, in], which is left alone, or its ``factor`` -> Int4Matrix.
 
     ``error`` is that of the weights and larger than plain rounding's; the output's is smaller. The rule ``scales`` sees
     a group's weights with all earlier errors made up for. Raises NotFiniteError for NaN or infinity in either argument.
@@ -99,7 +139,7 @@ def quantize(
         return WeightError(float(torch.dot(flat, flat)), squared_norm)
 
     with Workers() if workers is None else nullcontext(workers) as pool:
-        upper = (hessian if isinstance(hessian, Factor) else factor(hessian, damp)).upper
+        upper = (hessian if isinstance(hessian, Factor) else factor(hessian.clone(), damp)).upper
         parts = pool.over_rows(weight[:, :_COLUMNS_IN_FLIGHT], block)
     return Int4Matrix(packed, scale, total(parts))
 

@@ -70,9 +70,12 @@ class Workers:
     def over_rows(self, matrix: torch.Tensor, work: Callable[[slice, Scratch], T]) -> list[T]:
         """``work(rows, scratch)`` for blocks of rows of ``matrix`` [out, in]; an even number of rows but for the last.
 
+        On a GPU by this thread alone: one block fills it, and threads would only multiply the buffers.
+
         Raises what the first failing block raised; blocks behind it may not be computed then.
         """
         rows, columns = matrix.shape
         step = max(2, _BLOCK_ELEMENTS[matrix.device.type] // columns & ~1)
         blocks = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-        return list(self._pool.map(lambda block: work(block, self._scratch), blocks))
+        over = self._pool.map if matrix.device.type == "cpu" else map
+        return list(over(lambda block: work(block, self._scratch), blocks))

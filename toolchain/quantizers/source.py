@@ -1,4 +1,4 @@
-"""A checkpoint's tensors as torch sees them, without copies: views of the mapped files, given back after use."""
+"""A checkpoint's tensors as torch sees them: views of the mapped files without a copy, or copies on a GPU."""
 
 from __future__ import annotations
 
@@ -21,16 +21,22 @@ DTYPES = {
     "I8": torch.int8,
 }
 _PIECE_BYTES = 16 * 2**20
+CPU = torch.device("cpu")
 
 
 class Source:
-    """Reads the tensors of a ``Checkpoint``."""
+    """Reads the tensors of a ``Checkpoint``, and hands them out on ``device``."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: torch.device = CPU) -> None:
         self.checkpoint = checkpoint
+        self.device = device
 
     def weight(self, name: str) -> torch.Tensor:
-        """A read-only view: never write to it. Call ``release`` when done."""
+        """A tensor on the device; on a CPU a read-only view: never write to it. Call ``release`` when done."""
+        return self.on_host(name).to(self.device)
+
+    def on_host(self, name: str) -> torch.Tensor:
+        """A read-only view in the host's memory, wherever the device is."""
         info = self.checkpoint.tensors[name]
         return _view(self.checkpoint.bytes_of(name), DTYPES[info.dtype]).view(info.shape)
 
@@ -73,6 +79,6 @@ def _view(data: Bytes, dtype: torch.dtype) -> torch.Tensor:
 
 
 def as_bytes(tensor: torch.Tensor) -> Bytes:
-    """The memory of a contiguous CPU tensor as flat uint8, without a copy."""
-    flat: Bytes = tensor.reshape(-1).view(torch.uint8).numpy()
+    """The memory of a contiguous tensor as flat uint8; without a copy where that is the host's memory already."""
+    flat: Bytes = tensor.reshape(-1).view(torch.uint8).cpu().numpy()
     return flat
