@@ -262,15 +262,33 @@ def read_headers(path: Path) -> dict[str, TensorInfo]:
         raise ArtifactError(
             f"{path}: has no model.safetensors" + (" (only pickled weights, which can run code)" if pickled else ""),
             hint="Use the safetensors version of the model"
-            + (", or convert it: scalellm import SRC OUT" * pickled)
-            + ".",
+            + (f", or convert it without running code: scalellm import {path} OUT" if pickled else ""),
         )
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         tensors |= read_header(file)
     if weight_map and (lost := sorted(set(weight_map) - set(tensors))):
         raise ArtifactError(f"{path}: the index promises tensors that no file has: {_some(lost)}")
+    if weight_map is not None:
+        _check_places(index, weight_map, tensors)
     return tensors
+
+
+def _check_places(index: Path, weight_map: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    """Every tensor is in the file that the index says, and none is there that it does not name: others would not be
+    seen by a loader that trusts the index."""
+    if hidden := sorted(set(tensors) - set(weight_map)):
+        file = tensors[hidden[0]].file
+        raise ArtifactError(
+            f"{index}: does not name tensors that {file.name} holds: {_some(hidden)}",
+            hint="The index belongs to other files: download or copy the model again.",
+        )
+    if moved := sorted(name for name, info in tensors.items() if info.file.name != Path(str(weight_map[name])).name):
+        info = tensors[moved[0]]
+        raise ArtifactError(
+            f"{index}: says that {moved[0]} is in {weight_map[moved[0]]}, and it is in {info.file.name}",
+            hint="The index belongs to other files: download or copy the model again.",
+        )
 
 
 def _quantization(path: Path, config: Mapping[str, Any]) -> CheckpointQuantization | None:

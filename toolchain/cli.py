@@ -6,6 +6,7 @@ the recipe says what.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,34 @@ def _stage_flags(function: _Function) -> _Function:
     return _recipe_flags(explained)
 
 
+def _size(_ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
+    from toolchain.units import parse_bytes
+
+    try:
+        return None if text is None else parse_bytes(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param=param) from error
+
+
+def _place_flags(function: _Function) -> _Function:
+    """``--device``, ``--max-ram`` and ``--max-vram``: where weights are quantized. They change no artifact's key."""
+    for option in (
+        click.option(
+            "--max-vram", callback=_size, metavar="SIZE", help="Take no more of the GPU's memory, such as 14GiB."
+        ),
+        click.option("--max-ram", callback=_size, metavar="SIZE", help="Quantize within this memory, such as 8GiB."),
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            metavar="auto|cpu|cuda[:N]",
+            help="Where to quantize; auto: the GPU if torch sees one.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 def _complete_recipe(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
     from toolchain.recipe import available
 
@@ -109,20 +138,23 @@ def plan(recipe: str, model: str | None, work: Path, json_output: bool, verbose:
 
 @verbs.command()
 @_stage_flags
+@_place_flags
 def quantize(**flags: Any) -> None:
     """Quantize the model, a layer at a time, into the unified Hugging Face layout.
 
     Interrupted work continues at the layer in hand.
 
     \b
-    Example:
+    Examples:
       scalellm quantize --recipe rtx4090 --model ./Llama-2-13b-chat-hf
+      scalellm quantize --recipe rtx4090 --max-ram 4GiB --device cpu
     """
     _run("checkpoint", **flags)
 
 
 @verbs.command()
 @_stage_flags
+@_place_flags
 def build(**flags: Any) -> None:
     """Plan, quantize, build the engine and emit the Triton model repository; skip what is fresh.
 
@@ -446,18 +478,26 @@ def _screen(json_output: bool, verbose: int) -> Screen:
     return screen
 
 
-def _job(screen: Screen, recipe: str, model: str | None, work: Path) -> Job:
+def _job(screen: Screen, recipe: str, model: str | None, work: Path, **place: Any) -> Job:
     from toolchain.pipeline import Job
+    from toolchain.quantizers.place import Place
     from toolchain.recipe import load_recipe
 
-    return Job(load_recipe(recipe), model, work, screen)
+    return Job(load_recipe(recipe), model, work, screen, Place(**place))
 
 
 def _run(
-    until: str, recipe: str, model: str | None, work: Path, explain: bool, json_output: bool, verbose: int
+    until: str,
+    recipe: str,
+    model: str | None,
+    work: Path,
+    explain: bool,
+    json_output: bool,
+    verbose: int,
+    **place: Any,
 ) -> None:
     screen = _screen(json_output, verbose)
-    _run_job(screen, _job(screen, recipe, model, work), until, explain)
+    _run_job(screen, _job(screen, recipe, model, work, **place), until, explain)
 
 
 def _run_job(screen: Screen, job: Job, until: str, explain: bool) -> None:
@@ -506,6 +546,13 @@ def _report(result: Result) -> str:
     return f"{result.state.name}: made in {format_seconds(result.seconds)}{why} ({result.state.folder})"
 
 
+def _interrupted(argv: list[str]) -> str:
+    """What to say after Ctrl-C: for a verb that makes artifacts, the command that continues."""
+    if not {"quantize", "build", "package"} & set(argv[:1]):
+        return "interrupted"
+    return f"interrupted; finished work is kept. Continue with:\n  {shlex.join(['scalellm', *argv])}"
+
+
 def main() -> None:
     """The entry point: runs a verb, turns our errors into a message and their exit code."""
     try:
@@ -516,7 +563,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; finished work is kept: run the same command again to continue", err=True)
+        click.echo(_interrupted(sys.argv[1:]), err=True)
         sys.exit(130)
     except ScalellmError as error:
         from toolchain.console import Screen

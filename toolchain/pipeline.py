@@ -27,6 +27,7 @@ from toolchain.plan import Plan, make_plan
 from toolchain.progress import Progress
 from toolchain.quantizers import conversations, foreign, report_html, samples
 from toolchain.quantizers.foreign import Foreign
+from toolchain.quantizers.place import ON_CPU, Place
 from toolchain.recipe import Recipe
 from toolchain.stages import adopt as adopt_stage
 from toolchain.stages import build as build_stage
@@ -69,8 +70,11 @@ class Result:
 class Job:
     """A recipe, a model and a work folder, from which the artifacts are made."""
 
-    def __init__(self, recipe: Recipe, model: str | None, work: Path, progress: Progress) -> None:
+    def __init__(
+        self, recipe: Recipe, model: str | None, work: Path, progress: Progress, place: Place = ON_CPU
+    ) -> None:
         self.recipe = recipe
+        self.place = place
         self.source = model or recipe.model
         self.folder = work / recipe.name
         self.work = work
@@ -102,12 +106,21 @@ class Job:
             state = _state(name, self.folder / name, inputs)
             started = time.perf_counter()
             if not state.fresh:
+                if name == "checkpoint" and self._reads_the_hub:
+                    _ = self._samples  # its digest is part of the inputs
+                    inputs = self._inputs(name, inputs_key)
                 self._make(name, inputs, inputs_key)
             inputs_key = workspace.key_of(inputs)
             result = Result(state, "kept" if state.fresh else "made", time.perf_counter() - started, inputs_key)
             results.append(result)
             on_result(result)
         return results
+
+    @property
+    def _reads_the_hub(self) -> bool:
+        """Whether the checkpoint is calibrated on a data set of the hub; a quantized model is not calibrated again."""
+        data = self.recipe.calibration.data
+        return self.plan.calibrates and data.startswith(conversations.HUB) and self._model.opened().quantization is None
 
     def _inputs(self, name: str, inputs_key: str) -> dict[str, Any]:
         if name == "checkpoint":
@@ -121,13 +134,14 @@ class Job:
             checkpoint = self.folder / "checkpoint"
             build_stage.refuse_if_lacking(self.plan, str(checkpoint), self._continue_elsewhere())
         with workspace.draft(self.folder / name, name, inputs) as draft:
-            getattr(self, f"_make_{name}")(draft, inputs_key)
-            draft.commit(versions={"scalellm": __version__}, recipe=self.recipe.text)
+            extra = getattr(self, f"_make_{name}")(draft, inputs_key)
+            draft.commit(versions={"scalellm": __version__}, recipe=self.recipe.text, extra=extra)
 
-    def _make_checkpoint(self, draft: Draft, _inputs_key: str) -> None:
+    def _make_checkpoint(self, draft: Draft, _inputs_key: str) -> dict[str, Any]:
+        """-> where it was computed."""
         plan, asked, model = self.plan, self.plan.recipe.quantization, self._model.opened()
         calibrated = plan.calibrates and model.quantization is None
-        quantize_stage.quantize(
+        how = quantize_stage.quantize(
             model,
             draft,
             weights=plan.weights.name,
@@ -140,16 +154,19 @@ class Job:
             fp8_scales=asked.fp8_scales,
             propagate=asked.propagate,
             smoothquant_alpha=asked.smoothquant_alpha,
-            samples=self._samples(model) if calibrated else None,
+            samples=self._samples if calibrated else None,
+            place=self.place,
         )
         report = draft.path / quantize_stage.REPORT
         if calibrated and report.is_file():
             page = report_html.render(json.loads(report.read_text(encoding="utf-8")), title=self.recipe.name)
             workspace.write_durably(draft.path / report_html.FILE, page.encode())
+        return how
 
-    def _samples(self, model: Checkpoint) -> samples.Samples:
+    @functools.cached_property
+    def _samples(self) -> samples.Samples:
         """The rows of text that the model is calibrated on."""
-        given = self.recipe.calibration
+        given, model = self.recipe.calibration, self._model.opened()
         with self.progress.task("quantize: read the calibration text", given.samples, "samples") as task:
             found = samples.load_samples(
                 given.data,
@@ -161,13 +178,25 @@ class Job:
             task.advance(given.samples)
         return found
 
-    @functools.cached_property
+    @property
     def _calibration_digest(self) -> str | None:
-        """Of the file with the text; where it is not on this machine, from the stamp of a checkpoint brought along."""
+        """Of the file with the text; where it is not on this machine, from the stamp of a checkpoint brought along.
+
+        A data set of the hub may change without a word, so its rows are what counts: those of the checkpoint that is
+        there, which needs no network, until it has to be made again. Then it is those that were read for it.
+        """
         if not self.plan.calibrates:
             return None
-        found = conversations.data_digest(self.recipe.calibration.data)
-        return found or self._model.calibration_digest(self.recipe.calibration.data)
+        given = self.recipe.calibration
+        if given.data.startswith(conversations.HUB):
+            if "_samples" in self.__dict__:
+                return self._samples.digest
+            return _stamped_rows(self.folder / "checkpoint", given.model_dump())
+        return self._file_digest or self._model.calibration_digest(given.data)
+
+    @functools.cached_property
+    def _file_digest(self) -> str | None:
+        return conversations.data_digest(self.recipe.calibration.data)
 
     def _make_engine(self, draft: Draft, inputs_key: str) -> None:
         quantized = Checkpoint.open(self.folder / "checkpoint")
@@ -294,6 +323,17 @@ def quantize_inputs(plan: Plan, fingerprint: str | None, calibration_digest: str
     if "calibration" in inputs:
         inputs["calibration"] = {**inputs["calibration"], "digest": calibration_digest}
     return inputs
+
+
+def _stamped_rows(folder: Path, calibration: Mapping[str, Any]) -> str | None:
+    """The digest of the rows that the checkpoint in ``folder`` was calibrated on, if that was asked for so."""
+    try:
+        stamp = workspace.current(folder)
+    except ArtifactError:
+        return None
+    known = dict((stamp.inputs.get("calibration") or {}) if stamp else {})
+    digest = known.pop("digest", None)
+    return str(digest) if digest and known == calibration else None
 
 
 def _state(name: str, folder: Path, inputs: Mapping[str, Any]) -> State:

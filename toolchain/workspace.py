@@ -105,14 +105,28 @@ def read_stamp(folder: Path) -> Stamp | None:
 
 
 def current(target: Path) -> Stamp | None:
-    """The stamp of the artifact at ``target``, after finishing a replacement that was cut off between its renames."""
-    if not target.exists():
-        old = target.with_name(f"{target.name}.old")
-        finished = [path for path in target.parent.glob(f"{target.name}.partial-*") if (path / STAMP).exists()]
-        for folder in [*finished, old]:
-            if folder.is_dir() and not target.exists():
-                folder.rename(target)
+    """The stamp of the artifact at ``target``, after finishing a replacement that was cut off between its renames.
+
+    Under the lock: while another process is at it, this one leaves everything as it is.
+    """
+    old = _old(target)
+    if old.is_dir() or (not target.exists() and _sealed(target)):
+        with suppress(ArtifactError), _locked(target):
+            for folder in [*_sealed(target), old]:
+                if folder.is_dir() and not target.exists():
+                    folder.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
     return read_stamp(target)
+
+
+def _old(target: Path) -> Path:
+    """Where an artifact waits while it is being replaced."""
+    return target.with_name(f"{target.name}.old")
+
+
+def _sealed(target: Path) -> list[Path]:
+    """Partial folders that have their stamp already: only the rename is missing."""
+    return [path for path in target.parent.glob(f"{target.name}.partial-*") if (path / STAMP).exists()]
 
 
 def damage(folder: Path, stamp: Stamp) -> str | None:
@@ -313,7 +327,7 @@ def _fsync_folder(folder: Path) -> None:
 
 def _replace_folder(new: Path, target: Path) -> None:
     """Rename ``new`` to ``target``; an old ``target`` is moved aside first and removed last."""
-    old = target.with_name(f"{target.name}.old")
+    old = _old(target)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)

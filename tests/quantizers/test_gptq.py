@@ -94,7 +94,9 @@ def test_workers_do_not_change_a_bit_and_a_shared_factor_neither(scales: str) ->
     made = [gptq.quantize(weight, hessian, group_size=128, scales=scales)]
     for threads in (1, 3):
         with Workers(threads) as workers:
-            made.append(gptq.quantize(weight, gptq.factor(hessian.clone()), group_size=128, scales=scales, workers=workers))
+            made.append(
+                gptq.quantize(weight, gptq.factor(hessian.clone()), group_size=128, scales=scales, workers=workers)
+            )
     assert torch.equal(hessian, before)
     for other in made[1:]:
         assert torch.equal(other.packed, made[0].packed)

@@ -39,6 +39,9 @@ class Place:
             raise RecipeError(f"--device {self.device}: there are auto, cpu, cuda and cuda:N")
 
 
+ON_CPU = Place()
+
+
 def open_device(place: Place) -> torch.device:
     """The device, its memory limited. PlanError where torch sees no such GPU or it is smaller than ``max_vram``."""
     import torch
@@ -71,16 +74,15 @@ def open_device(place: Place) -> torch.device:
 @contextmanager
 def memory_errors() -> Iterator[None]:
     """Turn torch's two ways of saying that memory ran out into a PlanError."""
-    import torch
-
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise PlanError(
-            f"the GPU's memory ran out: {str(error).splitlines()[0]}",
-            hint="Finished layers are kept. Give it more (--max-vram), or continue with --device cpu from the start.",
-        ) from error
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+            raise PlanError(
+                f"the GPU's memory ran out: {str(error).splitlines()[0]}",
+                hint="Finished layers are kept: close other programs on the GPU and run the same command again.\n"
+                "Or say how much may be used: --max-vram 8GiB; or begin again with --device cpu.",
+            ) from error
         if "can't allocate memory" not in str(error):
             raise
         raise PlanError(

@@ -22,7 +22,7 @@ _MOST_THREADS = 16
 T = TypeVar("T")
 
 
-def _cores() -> int:
+def usable_cores() -> int:
     """The cores that this process may use, as far as it pays to use them."""
     return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
 
@@ -46,7 +46,7 @@ class Workers:
     """A few threads, each running torch on one core; use as a context. ``threads`` defaults to the cores we may use."""
 
     def __init__(self, threads: int | None = None) -> None:
-        self.threads = threads or _cores()
+        self.threads = threads or usable_cores()
         self._scratch = Scratch()
 
     def __enter__(self) -> Self:
@@ -58,7 +58,7 @@ class Workers:
         # Sums in a GEMM or a Cholesky factor depend on how they are split: the same machine must always split alike,
         # whatever OMP_NUM_THREADS says, so that resumed work gives the same bits. After the threads have started,
         # because a part of what each of them sets (MKL's threads) holds for the whole process.
-        torch.set_num_threads(_cores())
+        torch.set_num_threads(usable_cores())
         return self
 
     def __exit__(

@@ -162,7 +162,7 @@ class ShardWriter:
             while self._ahead and error is None:
                 self._ahead.popleft().result()
         finally:
-            self._pool.shutdown(cancel_futures=True)
+            self._pool.shutdown()  # what waits is finished work, and after a failure it does nothing
             self._sink.close()
 
     def put(self, name: str, data: Bytes) -> None:

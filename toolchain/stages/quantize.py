@@ -1,7 +1,8 @@
 """quantize: a Hugging Face checkpoint -> the same model in the unified quantized layout, one decoder layer at a time.
 
 Memory is bounded by a few matrices, whatever the model's size, and a restart continues at the layer in hand. It knows
-no recipe and no device: what to do is said in four words, and ``workspace`` makes the folder an artifact.
+no recipe and no device of the fact tables: what to do is said in words, where to do it in flags, and ``workspace``
+makes the folder an artifact.
 """
 
 from __future__ import annotations
@@ -15,19 +16,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain import family, workspace
-from toolchain.checkpoint import KV_RANGES, Checkpoint, CheckpointQuantization, read_json
+from toolchain.checkpoint import KV_RANGES, Checkpoint, CheckpointQuantization, TensorInfo, read_json
 from toolchain.errors import ArtifactError, PlanError
 from toolchain.progress import Progress
 from toolchain.quantization import WEIGHTS, weights_of
 from toolchain.quantizers import METHODS, SCALES, layout, report, shards
 from toolchain.quantizers.layout import Scheme
+from toolchain.quantizers.place import ON_CPU, Place, give_back, memory_errors
+from toolchain.quantizers.run import Run
 from toolchain.quantizers.shards import Shard, ShardWriter, Unit
 from toolchain.units import GIB, format_bytes
 
 if TYPE_CHECKING:
     from toolchain.quantizers.calibration import Calibration
     from toolchain.quantizers.samples import Samples
-    from toolchain.quantizers.source import Source
 
 VERSION = "1"
 """Raised when the same model and scheme would give other bits."""
@@ -53,8 +55,9 @@ def quantize(
     smoothquant_alpha: float = 0.5,
     samples: Samples | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Fill ``draft`` with the quantized checkpoint; the caller commits it.
+    place: Place = ON_CPU,
+) -> dict[str, Any]:
+    """Fill ``draft`` with the quantized checkpoint; the caller commits it. -> where it was computed, for the stamp.
 
     Without ``samples`` nothing is calibrated: ``method`` must be "rtn", ``weights`` neither int8_sq nor int4_fp8, and
     fp8 gets no input scales. With them every layer is run on them first: see ``layout.Scheme`` for the words. The
@@ -65,18 +68,26 @@ def quantize(
     ``hf_quant_config.json``, ``quantization_report.json`` (relative error of each matrix) and the tokenizer's files.
     With ``weights="none"``, or for a checkpoint that is quantized so already, the shards are hard links.
 
-    Raises PlanError when the scheme does not fit the model; ArtifactError for NaN or infinity in the weights, naming
-    tensor and file, and for too little room. An OSError of the disk is left to ``workspace.draft``.
+    ``place`` says where the arithmetic is done and what memory it may take. A draft is continued on the kind of device
+    and with the chunks of samples that it was begun with, since sums depend on both; else it begins again.
+
+    Raises PlanError when the scheme does not fit the model, or a layer not the memory; ArtifactError for NaN or
+    infinity in the weights, naming tensor and file, and for too little room. An OSError of the disk is left to
+    ``workspace.draft``.
     """
     calibrated = samples is not None
     scheme = Scheme(weights, group_size, scales, kv, method, clip, fp8_scales, propagate, calibrated, smoothquant_alpha)
     check(checkpoint, scheme)
-    if weights == "none" or checkpoint.quantization:
-        _keep(checkpoint, draft, scheme, samples, progress)
-    else:
-        _convert(checkpoint, draft, scheme, samples, max_shard_bytes, progress)
+    keeps = weights == "none" or checkpoint.quantization is not None
+    run = Run.begin(checkpoint, draft, scheme, samples, progress, place, quantizes=not keeps)
+    with memory_errors():
+        if keeps:
+            _keep(run)
+        else:
+            _convert(run, max_shard_bytes)
     for side in checkpoint.side_files:
         workspace.write_durably(draft.path / side.name, side.read_bytes())
+    return run.how
 
 
 def check(checkpoint: Checkpoint, scheme: Scheme) -> None:
@@ -126,30 +137,20 @@ def spoken(found: CheckpointQuantization) -> str:
     return f"quantization: {{weights: {scheme.name}{group}}}"
 
 
-def _convert(
-    checkpoint: Checkpoint,
-    draft: workspace.Draft,
-    scheme: Scheme,
-    samples: Samples | None,
-    max_shard_bytes: int,
-    progress: Progress,
-) -> None:
-    from toolchain.quantizers.calibration import Calibration
-    from toolchain.quantizers.source import Source
-
+def _convert(run: Run, max_shard_bytes: int) -> None:
+    checkpoint, draft, scheme = run.checkpoint, run.draft, run.scheme
     units = layout.units(checkpoint.config, lambda name: checkpoint.tensors[name].dtype, scheme)
     plan = shards.plan_shards(units, max_shard_bytes)
-    source = Source(checkpoint)
-    calibration = Calibration(source, samples, draft.path) if samples else None
-    with _open_writer(draft, plan, calibration, progress) as writer:
+    calibration = run.calibration()
+    with _open_writer(run, plan, calibration) as writer:
         if writer.finished:
-            progress.note(f"quantize: resumed at {_title(checkpoint, writer.units_left)}")
+            run.progress.note(f"quantize: resumed at {_title(checkpoint, writer.units_left)}")
         entries = list(writer.finished)
         side_bytes = sum(side.stat().st_size for side in checkpoint.side_files)
         needed = sum(unit.nbytes for unit in writer.units_left) + side_bytes
         _check_room(draft, needed + (calibration.nbytes if calibration and writer.units_left else 0))
-        entries += _write_units(source, units, scheme, writer, calibration, progress)
-    if calibration and samples:
+        entries += _write_units(run, units, writer, calibration)
+    if calibration:
         calibration.close()
         _write_kv_ranges(draft, [entry["calibration"] for entry in entries if "calibration" in entry])
     for file, digest in writer.hashes.items():
@@ -157,20 +158,18 @@ def _convert(
     if len(plan) > 1:
         _write_index(draft, {shard.file: shard.tensor_bytes for shard in plan})
     _write_documents(checkpoint, draft, layout.hf_quant_config(scheme), static_inputs=scheme.calibrated)
-    workspace.write_durably(draft.path / REPORT, _json(report.document(scheme, entries, samples)))
+    workspace.write_durably(draft.path / REPORT, _json(report.document(scheme, entries, run.samples)))
 
 
-def _open_writer(
-    draft: workspace.Draft, plan: Sequence[Shard], calibration: Calibration | None, progress: Progress
-) -> ShardWriter:
+def _open_writer(run: Run, plan: Sequence[Shard], calibration: Calibration | None) -> ShardWriter:
     """The writer, after what an interrupted run left has been checked: bytes and, where calibrated, hidden states."""
+    draft, progress, journal = run.draft, run.progress, run.journal
 
     def record(entry: Mapping[str, Any]) -> None:
-        draft.record(entry)
+        run.record(entry)
         if calibration:
             calibration.recorded(entry)
 
-    journal = draft.journal()
     to_check = sum({entry["file"]: entry["end"] for entry in journal if "file" in entry}.values())
     if not to_check:
         return ShardWriter(draft.path, plan, record=record)
@@ -184,48 +183,49 @@ def _open_writer(
 
 
 def _write_units(
-    source: Source,
-    units: Sequence[Unit],
-    scheme: Scheme,
-    writer: ShardWriter,
-    calibration: Calibration | None,
-    progress: Progress,
+    run: Run, units: Sequence[Unit], writer: ShardWriter, calibration: Calibration | None
 ) -> list[Mapping[str, Any]]:
     """Write what is left of ``units``. -> what the journal got for them."""
     from toolchain.quantizers.convert import Converter
     from toolchain.quantizers.rows import Workers
 
-    checkpoint = source.checkpoint
+    checkpoint, source = run.checkpoint, run.source
     inputs = [[tensor.name for tensor in unit.tensors if tensor.name in checkpoint.tensors] for unit in units]
     sizes = [sum(checkpoint.tensors[name].nbytes for name in names) for names in inputs]
     done = len(writer.finished)
     entries: list[Mapping[str, Any]] = []
-    with progress.task("quantize", sum(sizes), "bytes") as task, Workers() as workers:
+    with run.progress.task("quantize", sum(sizes), "bytes") as task, Workers() as workers:
         task.advance(sum(sizes[:done]))
-        convert = Converter(source, scheme, writer, workers, task.advance, calibration)
+        convert = Converter(source, run.scheme, writer, workers, task.advance, calibration)
         for place in range(done, len(units)):
-            task.describe(_title(checkpoint, units[place:]))
+            title = _title(checkpoint, units[place:])
             source.read_ahead(name for names in inputs[place : place + 2] for name in names)
-            entries.append(convert.write(units[place]))
+            try:
+                task.describe(title)
+                entries.append(convert.write(units[place]))
+            except KeyboardInterrupt:
+                run.progress.note(f"quantize: interrupted at {title}; the layers before it are kept")
+                raise
+            give_back()
     return entries
 
 
-def _keep(
-    checkpoint: Checkpoint, draft: workspace.Draft, scheme: Scheme, samples: Samples | None, progress: Progress
-) -> None:
+def _keep(run: Run) -> None:
     """The weights as they are, by hard links where the file system can; fp8 KV scales come in a shard of their own."""
-    ranges = _observe_kv(checkpoint, draft, samples, progress) if samples and scheme.kv != "fp16" else []
+    checkpoint, draft, scheme = run.checkpoint, run.draft, run.scheme
+    ranges = _observe_kv(run) if run.samples and scheme.kv != "fp16" else []
     scales = _kept_scales(checkpoint, scheme, ranges)
-    files = sorted({info.file for info in checkpoint.tensors.values()})
+    tensors = _kept_tensors(checkpoint, scheme)
+    files = sorted({info.file for info in tensors})
     count = len(files) + bool(scales)
     names = {file: shards.file_name(place, count) for place, file in enumerate(files)}
-    with progress.task("quantize: keep the weights as they are", checkpoint.nbytes, "bytes") as task:
+    with run.progress.task("quantize: keep the weights as they are", checkpoint.nbytes, "bytes") as task:
         for file, name in names.items():
             task.describe(name)
             _link(file, draft.path / name, draft)
             draft.known_hash(name, workspace.sha256_of(draft.path / name, task.advance))
     tensor_bytes: dict[str, dict[str, int]] = {name: {} for name in names.values()}
-    for info in checkpoint.tensors.values():
+    for info in tensors:
         tensor_bytes[names[info.file]][info.name] = info.nbytes
     if scales:
         file_name = shards.file_name(count - 1, count)
@@ -238,26 +238,38 @@ def _keep(
         document = read_json(checkpoint.path / layout.HF_QUANT_CONFIG)
         document["quantization"]["kv_cache_quant_algo"] = layout.kv_algo(scheme.kv)
     static_inputs = any(name.endswith(".input_scale") for name in checkpoint.tensors)
-    _write_documents(checkpoint, draft, document, static_inputs=static_inputs)
+    idle_scales = any(info.name.endswith(layout.KV_SCALES) for info in tensors)
+    _write_documents(checkpoint, draft, document, static_inputs=static_inputs, idle_scales=idle_scales)
     if ranges:
         _write_kv_ranges(draft, ranges)
         seen = [{"calibration": layer} for layer in ranges]
-        workspace.write_durably(draft.path / REPORT, _json(report.document(scheme, seen, samples)))
+        workspace.write_durably(draft.path / REPORT, _json(report.document(scheme, seen, run.samples)))
     elif checkpoint.kv_ranges:
         workspace.write_durably(draft.path / KV_RANGES, (checkpoint.path / KV_RANGES).read_bytes())
 
 
-def _observe_kv(
-    checkpoint: Checkpoint, draft: workspace.Draft, samples: Samples, progress: Progress
-) -> list[dict[str, Any]]:
-    """The ranges of K and V of each layer of a checkpoint whose weights stay as they are."""
-    from toolchain.quantizers.calibration import Calibration, observe_kv
-    from toolchain.quantizers.source import Source
+def _kept_tensors(checkpoint: Checkpoint, scheme: Scheme) -> list[TensorInfo]:
+    """All tensors, but for a shard that holds nothing but fp8 KV scales where the cache is not fp8."""
+    by_file: dict[Path, list[TensorInfo]] = {}
+    for info in checkpoint.tensors.values():
+        by_file.setdefault(info.file, []).append(info)
+    kept = (
+        tensors
+        for tensors in by_file.values()
+        if scheme.kv == "fp8" or not all(info.name.endswith(layout.KV_SCALES) for info in tensors)
+    )
+    return [info for tensors in kept for info in tensors]
 
-    calibration, layers = Calibration(Source(checkpoint), samples, draft.path), checkpoint.config.num_layers
-    _check_room(draft, calibration.nbytes)
-    with progress.task("quantize: observe keys and values", layers, "layers") as task:
-        return observe_kv(calibration, layers, draft.journal(), draft.record, task.advance)
+
+def _observe_kv(run: Run) -> list[dict[str, Any]]:
+    """The ranges of K and V of each layer of a checkpoint whose weights stay as they are."""
+    from toolchain.quantizers.calibration import observe_kv
+
+    calibration, layers = run.calibration(), run.checkpoint.config.num_layers
+    assert calibration
+    _check_room(run.draft, calibration.nbytes)
+    with run.progress.task("quantize: observe keys and values", layers, "layers") as task:
+        return observe_kv(calibration, layers, run.journal, run.record, task.advance)
 
 
 def _kept_scales(checkpoint: Checkpoint, scheme: Scheme, ranges: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -283,14 +295,23 @@ def _link(file: Path, target: Path, draft: workspace.Draft) -> None:
 
 
 def _write_documents(
-    checkpoint: Checkpoint, draft: workspace.Draft, document: dict[str, Any], *, static_inputs: bool
+    checkpoint: Checkpoint,
+    draft: workspace.Draft,
+    document: dict[str, Any],
+    *,
+    static_inputs: bool,
+    idle_scales: bool = False,
 ) -> None:
-    """``config.json`` (every key of the model's, and ``quantization_config``) and ``hf_quant_config.json``."""
+    """``config.json`` (every key of the model's, and ``quantization_config``) and ``hf_quant_config.json``.
+
+    With ``idle_scales`` the latter also where nothing is quantized, since it is what explains scales in the shards.
+    """
     config = read_json(checkpoint.path / "config.json")
     config.pop("quantization_config", None)
     quantization = document["quantization"]
     if quantization["quant_algo"] or quantization["kv_cache_quant_algo"]:
         config["quantization_config"] = layout.quantization_config(document, static_inputs=static_inputs)
+    if quantization["quant_algo"] or quantization["kv_cache_quant_algo"] or idle_scales:
         workspace.write_durably(draft.path / layout.HF_QUANT_CONFIG, _json(document))
     workspace.write_durably(draft.path / "config.json", _json(config))
 
