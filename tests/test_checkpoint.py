@@ -283,9 +283,32 @@ def test_an_index_that_lies_is_refused(model: Path) -> None:
     refused(model, model / INDEX, "not readable as JSON")
 
 
-def test_pickled_weights_alone_are_refused_and_the_reason_is_given(single: Path) -> None:
+def test_an_index_that_hides_a_tensor_or_misplaces_one_is_refused(model: Path) -> None:
+    index = json.loads((model / INDEX).read_text())
+    name = "model.layers.1.mlp.up_proj.weight"
+    places = dict(index["weight_map"])
+    other = next(file for file in places.values() if file != places[name])
+    (model / INDEX).write_text(json.dumps({**index, "weight_map": {**places, name: other}}))
+    refused(model, model / INDEX, f"says that {name} is in {other}, and it is in {places[name]}")
+    del places[name]
+    (model / INDEX).write_text(json.dumps({**index, "weight_map": places}))
+    if any(file == index["weight_map"][name] for file in places.values()):
+        refused(model, model / INDEX, "does not name tensors that", index["weight_map"][name], name)
+    else:  # the only one in its file, which nobody reads then
+        refused(model, "1 tensors are missing", name)
+
+
+def test_a_tensor_beside_those_that_the_index_names_is_refused(model: Path) -> None:
+    index = json.loads((model / INDEX).read_text())
+    file = model / index["weight_map"]["model.norm.weight"]
+    rewrite(file, lambda values: values.update({"model.hidden.weight": torch.zeros(4).half()}))
+    refused(model, model / INDEX, "does not name tensors", file.name, "model.hidden.weight")
+
+
+def test_pickled_weights_alone_are_refused_with_the_command_that_converts_them(single: Path) -> None:
     (single / "model.safetensors").rename(single / "pytorch_model.bin")
-    assert "safetensors" in refused(single, single, "pickled weights, which can run code").hint
+    hint = refused(single, single, "pickled weights, which can run code").hint
+    assert f"scalellm import {single} OUT" in hint
 
 
 def test_a_folder_without_weights_or_configuration_is_refused(single: Path) -> None:

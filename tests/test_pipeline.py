@@ -7,15 +7,19 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import SCALELLM
-from toolchain.errors import RecipeError
+from toolchain import workspace
+from toolchain.errors import ArtifactError, RecipeError
 from toolchain.pipeline import NAMES, Job
 from toolchain.progress import Silent
+from toolchain.quantizers.place import Place
 from toolchain.recipe import load_recipe
 
 RECIPE = """\
@@ -142,10 +146,72 @@ def test_kill_9_in_the_middle_loses_nothing(tmp_path, random_llama, scalellm, st
     assert not list(work.glob("tiny/*.partial-*"))
 
 
-def test_two_builds_of_one_recipe_do_not_mix(tmp_path, model):
-    from toolchain import workspace
-    from toolchain.errors import ArtifactError
+def test_a_data_set_of_the_hub_counts_by_its_rows(tmp_path, model, monkeypatch):
+    """Fresh without asking the hub; once the checkpoint is made again, other rows make other keys for all behind it."""
+    asked: list[str] = []
+    texts = {"rows": [{"text": f"Letter {n} of a long tale, told by the fire." * 20} for n in range(8)]}
 
+    def load_dataset(name: str, *, streaming: bool) -> object:
+        asked.append(name)
+        return {"train": types.SimpleNamespace(take=lambda count: texts["rows"][:count])}
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+
+    def hub_job() -> Job:
+        recipe = tmp_path / "small.yaml"
+        calibration = "calibration: {data: 'hf:some/tales', samples: 4, tokens: 32}\n"
+        text = RECIPE.format(kv="int8", batch=4).replace("group_size: 64", "group_size: 64, method: awq") + calibration
+        recipe.write_text(text)
+        return Job(load_recipe(str(recipe)), str(model), tmp_path / "work", Silent())
+
+    made = hub_job()
+    keys = {result.state.name: result.key for result in made.run("engine")}
+    stamp = workspace.require(made.folder / "checkpoint", "checkpoint")
+    assert stamp.inputs["calibration"]["digest"]
+    assert workspace.key_of(stamp.inputs) == keys["checkpoint"]
+    assert asked == ["some/tales"]
+
+    again = hub_job()
+    assert [state.fresh for state in again.states()][:2] == [True, True]
+    assert {result.action for result in again.run("engine")} == {"kept"}
+    assert asked == ["some/tales"], "a fresh checkpoint must not need the network"
+
+    shutil.rmtree(made.folder / "checkpoint")
+    same = hub_job().run("engine")
+    assert [(result.action, result.key) for result in same] == [("made", keys["checkpoint"]), ("kept", keys["engine"])]
+
+    texts["rows"] = texts["rows"][::-1]
+    shutil.rmtree(made.folder / "checkpoint")
+    other = hub_job().run("engine")
+    assert [result.action for result in other] == ["made", "made"]
+    assert other[0].key != keys["checkpoint"]
+
+
+def test_where_it_is_computed_is_stamped_and_changes_no_key(tmp_path, model):
+    made = job(tmp_path, model)
+    made.run("checkpoint")
+    stamp = workspace.require(made.folder / "checkpoint", "checkpoint")
+    assert stamp.extra == {"device": "cpu"}
+    elsewhere = Job(made.recipe, str(model), made.work, Silent(), Place("cuda:7", max_ram=2**20, max_vram=2**20))
+    assert elsewhere.states()[0].fresh
+
+
+def test_limits_that_cannot_be_read_and_a_memory_that_does_not_do_are_refused(tmp_path, llama, scalellm):
+    argv = ("quantize", "--recipe", "tiny", "--model", llama, "--work", tmp_path / "work")
+    done = scalellm(*argv, "--max-ram", "plenty")
+    assert done.returncode == 2
+    assert "'plenty' is not a size; write it as 8GiB" in done.stderr
+    done = scalellm(*argv, "--device", "tpu")
+    assert done.returncode == 2
+    assert "--device tpu: there are auto, cpu, cuda and cuda:N" in done.stderr
+    done = scalellm(*argv, "--device", "cpu", "--max-ram", "32MiB")
+    assert done.returncode == 3
+    assert "quantize needs at least" in done.stderr
+    assert "more than --max-ram 32.00 MiB" in done.stderr
+    assert not list((tmp_path / "work").rglob("model*"))
+
+
+def test_two_builds_of_one_recipe_do_not_mix(tmp_path, model):
     made = job(tmp_path, model)
     with (
         workspace.draft(made.folder / "checkpoint", "checkpoint", {"a": 1}),

@@ -215,6 +215,37 @@ def test_another_process_at_work_is_named_and_its_death_frees_the_place(tmp_path
     assert workspace.require(target, "quantize").key == workspace.key_of(INPUTS)
 
 
+def test_a_replacement_in_another_process_is_not_finished_by_a_reader(tmp_path: Path, root: Path) -> None:
+    """Between the two renames of a commit the target is away: whoever looks then must not rename in its place."""
+    target, pipe = tmp_path / "model", subprocess.PIPE
+    make(target, {"old": 1}, weights="old")
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(target)], cwd=root, stdin=pipe, stdout=pipe)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        target.rename(tmp_path / "model.old")
+        assert workspace.current(target) is None
+        assert (tmp_path / "model.old").is_dir()
+    finally:
+        holder.kill()
+        holder.communicate()
+    stamp = workspace.current(target)
+    assert stamp
+    assert stamp.inputs == {"old": 1}
+
+
+def test_the_old_artifact_of_a_killed_replacement_is_removed_by_the_next_look(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    make(target, {"old": 1}, weights="old")
+    target.rename(tmp_path / "model.old")
+    make(tmp_path / "other", {"new": 1}, weights="new")
+    (tmp_path / "other").rename(target)
+    stamp = workspace.current(target)
+    assert stamp
+    assert stamp.inputs == {"new": 1}
+    assert not (tmp_path / "model.old").exists()
+
+
 # The child is killed by the kernel at the n-th system call of one kind that its commit makes.
 KILLED = """
 import os, signal, sys

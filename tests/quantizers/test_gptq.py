@@ -167,6 +167,21 @@ def test_a_hessian_that_rounding_made_indefinite_takes_more_damping() -> None:
     assert torch.isfinite(made.upper).all()
 
 
+def test_a_second_attempt_starts_from_the_same_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An odd number of columns beyond a block, and rank one less noise, so that two tries with little damping fail."""
+    monkeypatch.setattr(gptq, "_KEPT_ROWS", 100)
+    monkeypatch.setattr(gptq, "_REVERSED_AT_ONCE", 1000)
+    x = torch.randn(1, 333, generator=torch.Generator().manual_seed(3))
+    hessian = x.T @ x
+    hessian -= 0.02 * hessian.diagonal().mean() * torch.eye(333)
+    made = gptq.factor(hessian.clone())
+    assert made.damp == pytest.approx(0.1)
+    damped = hessian.double() + 0.1 * hessian.double().diagonal().mean() * torch.eye(333)
+    upper = made.upper.double()
+    assert torch.equal(upper, upper.triu())
+    assert ((upper @ upper.T) - damped).abs().max() < 1e-5 * damped.abs().max()
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("scales", SCALES)
 def test_nan_and_infinity_are_refused(scales: str, poison: float) -> None:

@@ -257,6 +257,18 @@ def test_a_file_that_is_missing_or_empty_or_not_text_is_refused_by_name(plain: P
         load(tmp_path / "a.csv", plain)
 
 
+def test_a_file_that_is_damaged_in_its_middle_is_refused_by_place(plain: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"messages": TALK}).encode()] * 400
+    file = tmp_path / "chats.jsonl"
+    file.write_bytes(b"\n".join([*lines[:200], b'{"messages": [{"role": "us', *lines[200:]]))
+    with pytest.raises(RecipeError, match=rf"{re.escape(str(file))}:201: not valid JSON"):
+        load(str(file), plain)
+    place = len(b"\n".join(lines[:200]))
+    file.write_bytes(b"\n".join(lines[:200]) + b"\xff\xfe" + b"\n".join(lines[200:]))
+    with pytest.raises(RecipeError, match=rf"{re.escape(str(file))}: not a text file in UTF-8 \(byte {place}\)"):
+        load(str(file), plain)
+
+
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"there is no tokenizer\.json or tokenizer\.model"):
         load("builtin", tmp_path)

@@ -281,6 +281,30 @@ def test_none_with_fp8_cache_adds_the_scales_in_a_shard_of_their_own(model: Path
     assert set(json.loads((made / "model.safetensors.index.json").read_text())["weight_map"]) == set(written)
 
 
+@pytest.mark.parametrize("weights", ["none", "fp8"])
+def test_a_checkpoint_with_an_fp8_cache_becomes_one_with_a_plain_cache(
+    random_llama: Callable[..., Path], tmp_path: Path, weights: str
+) -> None:
+    """Its scales go where they stand in a shard of their own, and are explained where they stand among the weights."""
+    model = random_llama()
+    with_cache = run(model, tmp_path / "fp8", weights=weights, kv="fp8")
+    plain = run(with_cache, tmp_path / "plain", weights=weights, kv="fp16")
+    opened = Checkpoint.open(plain)
+    assert not (opened.quantization and opened.quantization.kv_cache_quant_algo)
+    scales = {name for name in tensors_of(with_cache) if name.endswith(("k_scale", "v_scale"))}
+    assert scales & opened.tensors.keys() == (set() if weights == "none" else scales)
+    single = tmp_path / "single"
+    shutil.copytree(with_cache, single)
+    whole = tensors_of(with_cache)
+    for file in [*single.glob("*.safetensors"), *single.glob("*.index.json")]:
+        file.unlink()
+    save_file(whole, single / "model.safetensors")
+    again = run(single, tmp_path / "again", weights=weights, kv="fp16")
+    assert not Checkpoint.open(again).quantization.kv_cache_quant_algo  # type: ignore[union-attr]
+    assert tensors_of(again).keys() == whole.keys()
+    assert "kv_cache_scheme" not in (again / "config.json").read_text()
+
+
 def test_a_checkpoint_that_is_quantized_so_already_is_kept_and_another_is_refused(
     random_llama: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -389,6 +390,32 @@ def test_activations_that_overflow_name_layer_and_place(random_llama: Callable[.
         calibrate(model, tmp_path / "out", **WAYS["awq"])
     assert "overflows bfloat16" in caught.value.message
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("step", ["embeddings", "layer 2 of 3"])
+def test_a_disk_that_is_full_for_the_hidden_states_is_said_and_work_goes_on_after_room_is_made(
+    random_llama: Callable[..., Path], tmp_path: Path, step: str
+) -> None:
+    """A limit on the size of files stands for the full disk; only the hidden states reach it."""
+    model, samples = random_llama(num_hidden_layers=3, dtype="bfloat16"), random_samples(96, 64)
+    whole = digests(calibrate(model, tmp_path / "whole", samples=samples, max_shard_bytes=1, **WAYS["awq"]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(text: str) -> None:
+        if text == step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+
+    target = tmp_path / "out"
+    try:
+        with pytest.raises(ArtifactError, match=r"hidden-states-\d+\.bin: File too large .*MiB free") as caught:
+            calibrate(model, target, Listening(fill), samples=samples, max_shard_bytes=1, **WAYS["awq"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "Make room" in caught.value.hint
+    assert not target.exists()
+    heard = Listening()
+    assert digests(calibrate(model, target, heard, samples=samples, max_shard_bytes=1, **WAYS["awq"])) == whole
+    assert heard.said[0] == step
 
 
 # --- interruptions ---------------------------------------------------------------------------------------------------

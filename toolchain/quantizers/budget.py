@@ -29,7 +29,7 @@ _LIBRARIES = 48 * MIB  # buffers of oneDNN, MKL and the allocator's arenas, per 
 _THREAD = 16 * MIB  # a worker's scratch: seven buffers of 384 Ki float32 and what a block returns
 _DEVICE_SCRATCH = 6 * 2**24 * 4  # the same on a GPU, where a block has 2^24 elements
 _WAITING = 4  # results in memory: one in hand, two in the queue, one being written (shards._JOBS_AHEAD)
-_PIECE = 16 * MIB
+_PIECE = 16 * MIB  # source.pieces: what is copied goes through the same queue
 _KEPT_ROWS = 1024  # statistics.SAMPLE_ROWS
 _SLAB = 2**24 * 4  # awq.apply's float32 rows
 _GPTQ_ROWS = 1024  # a row block of gptq.quantize on a CPU
@@ -72,8 +72,7 @@ class Need:
 def need(work: Work, chunk_tokens: int, base: int | None = None) -> Need:
     """What ``work`` takes with ``chunk_tokens`` tokens at once; ``base``: what the process holds before it begins."""
     computing = max(_phases(work, chunk_tokens))
-    results = _WAITING * _largest_result(work)
-    host = (base or _IMPORTED) + _LIBRARIES + results + _WAITING * _PIECE
+    host = (base or _IMPORTED) + _LIBRARIES + _WAITING * max(_largest_result(work), _PIECE)
     chunk = 3 * chunk_tokens * work.config.hidden_size * work.element if work.rows else 0
     if work.on_gpu:
         return Need(host + chunk, computing + _DEVICE_SCRATCH + _LIBRARIES + _largest_result(work))
