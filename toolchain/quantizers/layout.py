@@ -59,6 +59,8 @@ class Scheme:
     """What the next layer's statistics see: the output of the ``"clean"`` layer or of the ``"quantized"`` one."""
     calibrated: bool = False
     """Whether activations were observed: fp8 then has input scales, and the ranges of K and V are known."""
+    compute: str = "auto"
+    """How a float16 model is run for calibration: in bfloat16 with ``"auto"``, in its own dtype with ``"model"``."""
 
     smoothquant_alpha: float = 0.5
     """int8_sq only: the weight of the activations against the weights, 0..1."""

@@ -84,7 +84,8 @@ class Run:
 
         if self.samples is None:
             return None
-        return Calibration(self.source, self.samples, self.draft.path, self.how["chunk_tokens"])
+        chunk_tokens, compute = self.how["chunk_tokens"], self.scheme.compute
+        return Calibration(self.source, self.samples, self.draft.path, chunk_tokens, compute)
 
 
 _FIRST_HOW = {"device": "cpu", "chunk_tokens": budget.MOST_TOKENS}
@@ -112,7 +113,7 @@ def _work(
         config,
         scheme,
         stored.itemsize,
-        copied=stored != compute_dtype(embedded),
+        copied=stored != compute_dtype(embedded, scheme.compute),
         rows=rows,
         row_tokens=tokens,
         threads=usable_cores(),

@@ -54,6 +54,7 @@ def quantize(
     propagate: str = "clean",
     smoothquant_alpha: float = 0.5,
     samples: Samples | None = None,
+    compute: str = "auto",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     place: Place = ON_CPU,
 ) -> dict[str, Any]:
@@ -75,8 +76,19 @@ def quantize(
     infinity in the weights, naming tensor and file, and for too little room. An OSError of the disk is left to
     ``workspace.draft``.
     """
-    calibrated = samples is not None
-    scheme = Scheme(weights, group_size, scales, kv, method, clip, fp8_scales, propagate, calibrated, smoothquant_alpha)
+    scheme = Scheme(
+        weights,
+        group_size,
+        scales,
+        kv,
+        method,
+        clip,
+        fp8_scales,
+        propagate,
+        calibrated=samples is not None,
+        smoothquant_alpha=smoothquant_alpha,
+        compute=compute,
+    )
     check(checkpoint, scheme)
     keeps = weights == "none" or checkpoint.quantization is not None
     run = Run.begin(checkpoint, draft, scheme, samples, progress, place, quantizes=not keeps)
