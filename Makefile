@@ -2,16 +2,17 @@
 
 PYTHON  ?= python3
 VENV    ?= .venv
+ORACLE  ?= .venv-oracle
 RECIPE  ?= tiny
 WORK    ?= scalellm-work
 BIN     := $(VENV)/bin
 SCALELLM = $(BIN)/scalellm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check build serve lock clean
+.PHONY: help demo test test-oracle check build serve lock clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 $(VENV)/.cpu: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -32,6 +33,19 @@ demo: $(VENV)/.cpu  ## set everything up and run the main job on a small Llama: 
 test: $(VENV)/.dev  ## set everything up and run the whole test suite
 	$(BIN)/python -m pytest
 
+$(ORACLE)/.installed: pyproject.toml constraints-oracle.txt
+	$(PYTHON) -m venv $(ORACLE)
+	$(ORACLE)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["oracle"], sep="\n")' \
+	  > $(ORACLE)/requirements.txt
+	$(ORACLE)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oracle.txt -r $(ORACLE)/requirements.txt
+	@touch $@
+
+.oracle/stamp.json: tests/oracle/export_with_modelopt.py $(ORACLE)/.installed
+	$(ORACLE)/bin/python tests/oracle/export_with_modelopt.py .oracle
+
+test-oracle: $(VENV)/.dev .oracle/stamp.json  ## compare the quantizers with NVIDIA ModelOpt's own output, tensor by tensor
+	SCALELLM_ORACLE=.oracle $(BIN)/python -m pytest tests/oracle
+
 check: $(VENV)/.dev  ## style, types, layers, spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,8 +59,9 @@ build: $(VENV)/.cpu  ## make build RECIPE=rtx4090: plan, quantize, build, emit t
 serve: $(VENV)/.cpu  ## make serve RECIPE=tiny: launch Triton Inference Server on what was built
 	$(SCALELLM) serve --recipe $(RECIPE) --work $(WORK)
 
-lock: $(VENV)/.dev  ## write constraints.txt from what is installed
+lock: $(VENV)/.dev $(ORACLE)/.installed  ## write constraints.txt and constraints-oracle.txt from what is installed
 	$(BIN)/python scripts/lock.py constraints.txt
+	$(ORACLE)/bin/python scripts/lock.py constraints-oracle.txt
 
 clean:  ## remove the environment, the demo's model and everything built
-	rm -rf $(VENV) .demo $(WORK)
+	rm -rf $(VENV) $(ORACLE) .oracle .demo $(WORK)

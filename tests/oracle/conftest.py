@@ -45,23 +45,34 @@ def theirs(request: pytest.FixtureRequest, exports: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ours(theirs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``ours(weights="fp8", ...)`` -> the folder that our stage makes of the same model, on the same token ids."""
+def our_folders(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Callable[..., Path]]:
+    """``our_folders("mha-fp16")(weights="fp8", ...)`` -> what our stage makes of that model on the same token ids."""
     made: dict[str, Path] = {}
-    ids = load_file(theirs / "ids.safetensors")["ids"]
 
-    def make(**choices: Any) -> Path:
-        name = repr(sorted(choices.items()))
-        if name not in made:
-            target = tmp_path_factory.mktemp("ours") / "made"
-            words = {"group_size": 128, "scales": "modelopt", "kv": "fp16", "compute": "model"} | choices
-            with workspace.draft(target, "quantize", {"name": name}) as draft:
-                quantize(Checkpoint.open(theirs / "hf"), draft, progress=Silent(), samples=samples_of(ids), **words)
-                draft.commit(versions={}, recipe="")
-            made[name] = target
-        return made[name]
+    def of(model: str) -> Callable[..., Path]:
+        ids = load_file(exports / model / "ids.safetensors")["ids"]
 
-    return make
+        def make(**choices: Any) -> Path:
+            name = f"{model} {sorted(choices.items())}"
+            if name not in made:
+                target = tmp_path_factory.mktemp("ours") / "made"
+                words = {"group_size": 128, "scales": "modelopt", "kv": "fp16", "compute": "model"} | choices
+                with workspace.draft(target, "quantize", {"name": name}) as draft:
+                    source = Checkpoint.open(exports / model / "hf")
+                    quantize(source, draft, progress=Silent(), samples=samples_of(ids), **words)
+                    draft.commit(versions={}, recipe="")
+                made[name] = target
+            return made[name]
+
+        return make
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def ours(theirs: Path, our_folders: Callable[[str], Callable[..., Path]]) -> Callable[..., Path]:
+    """``ours(weights="fp8", ...)`` -> our folder of the model of ``theirs``."""
+    return our_folders(theirs.name)
 
 
 def differing(found: Path | dict[str, torch.Tensor], expected: Path | dict[str, torch.Tensor]) -> dict[str, int]:

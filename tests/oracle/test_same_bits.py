@@ -18,9 +18,8 @@ from tests.quantizers.unified_folder import tensors_of
 from toolchain.checkpoint import Checkpoint
 
 Ours = Callable[..., Path]
-UNIFIED = {
+UNIFIED: dict[str, dict[str, Any]] = {
     "fp8": {"weights": "fp8", "fp8_scales": "separate", "kv": "fp8"},
-    "int4": {"weights": "int4", "method": "rtn"},
 }
 FUSED = {
     "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -40,6 +39,19 @@ def test_unified_export_has_the_same_bytes(theirs: Path, ours: Ours, way: str) -
 @pytest.mark.parametrize("way", UNIFIED)
 def test_unified_export_has_the_same_documents(theirs: Path, ours: Ours, way: str) -> None:
     same_documents(ours(**UNIFIED[way]), theirs / way)
+
+
+def test_plain_int4_has_the_same_bytes(theirs: Path, ours: Ours) -> None:
+    assert differing(ours(weights="int4", method="rtn"), theirs / "int4") == {}
+
+
+def test_plain_int4_is_said_to_have_no_pre_quant_scale(theirs: Path, ours: Ours) -> None:
+    """ModelOpt says W4A16_AWQ with pre_quant_scale of it, and writes none: there we differ, on purpose."""
+    folders = (ours(weights="int4", method="rtn"), theirs / "int4")
+    found, expected = (json.loads((one / "hf_quant_config.json").read_text())["quantization"] for one in folders)
+    assert (found.pop("pre_quant_scale"), expected.pop("pre_quant_scale")) == (False, True)
+    assert found == expected
+    assert not any(name.endswith("pre_quant_scale") for name in tensors_of(theirs / "int4"))
 
 
 def test_fp8_tensorrt_llm_export_has_the_same_bytes(theirs: Path, ours: Ours) -> None:

@@ -1,7 +1,7 @@
 """What our quantizers write, read by code that shares nothing with them (``unified_folder``), and by the CPU engine.
 
-The engine computes in float32 here. Logits as large as 4.9 differ by at most 7.1e-6 over all variants; the tolerance is five
-times that.
+The engine computes in float32 here. Logits as large as 4.9 differ by at most 7.1e-6 over all variants; the tolerance is
+five times that.
 """
 
 from __future__ import annotations
@@ -33,12 +33,17 @@ WAYS: dict[str, tuple[dict[str, Any], float]] = {
     "int4-gptq": (INT4 | {"method": "gptq"}, 0.30),
 }
 """How, and how far the logits may be from those of the unquantized model (relative; 1.2 times what was measured)."""
-MODELS = {"gqa-float16": {"dtype": "float16"}, "mha-tied-bfloat16": {"dtype": "bfloat16", "num_key_value_heads": 4, "tie_word_embeddings": True}}
+MODELS = {
+    "gqa-float16": {"dtype": "float16"},
+    "mha-tied-bfloat16": {"dtype": "bfloat16", "num_key_value_heads": 4, "tie_word_embeddings": True},
+}
 TOLERANCE = 3.5e-5
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def model(request: pytest.FixtureRequest, random_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(
+    request: pytest.FixtureRequest, random_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Activations that differ much between channels, so that AWQ has scales to fold."""
     generator = torch.Generator().manual_seed(5)
 

@@ -9,8 +9,8 @@ with them. ``model_of`` gives the float32 model of transformers that a folder st
     int8             weight_scale [out]                               weight * weight_scale of their row
     any of them      pre_quant_scale [in]                             ... * pre_quant_scale of their column
 
-uint8 holds two rows in a byte, row 2r in the low nibble, row 2r + 1 in the high one, two's complement. The activation is
-multiplied by pre_quant_scale, where there is one, and then rounded to float8_e4m3 or int8 with input_scale.
+uint8 holds two rows in a byte, row 2r in the low nibble, row 2r + 1 in the high one, two's complement. The activation
+is multiplied by pre_quant_scale, where there is one, and then rounded to float8_e4m3 or int8 with input_scale.
 """
 
 from __future__ import annotations

@@ -2,14 +2,15 @@
 
 W x = (W s) (x / s) for any s > 0 per input channel; rounding W s instead of W moves the error away from channels with
 large activations (Lin et al., https://arxiv.org/abs/2306.00978). All matrices that read x share one s, so that 1/s fits
-into the norm before them. Candidates for s are those of ModelOpt 0.47.0's awq_lite, and s = 1, so that the result never
-loses to plain rounding on the rows it was chosen by. It stores nothing and knows no layer: see ``smoothing``.
+into the norm before them. Candidates for s are those of ModelOpt 0.47.0's awq_lite, as many in between, and s = 1, so
+that the result never loses to plain rounding on the rows it was chosen by. It stores nothing and knows no layer: see
+``smoothing``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,9 @@ from toolchain.quantizers import NotFiniteError, WeightError, int4, total
 from toolchain.quantizers.int4 import Int4Matrix
 from toolchain.quantizers.rows import Scratch, Workers
 
-ALPHAS = tuple(step / 10 for step in range(11))
-"""ModelOpt's grid (modelopt/torch/quantization/model_calib.py, awq_lite, alpha_step 0.1; 0.47.0, 2026-11)."""
+ALPHAS = tuple(step / 20 for step in range(21))
+"""Every second one is of ModelOpt's grid (modelopt/torch/quantization/model_calib.py, awq_lite, alpha_step 0.1; 0.47.0,
+2026-11). ModelOpt searches for each matrix and folds the mean of what it finds, which often lies in between."""
 
 CLIPS = tuple(round(1 - step / 20, 2) for step in range(11))
 """1.0 down to 0.5, ModelOpt's grid (the same file, awq_clip). 1.0 comes first and wins ties."""
@@ -31,8 +33,9 @@ _PLAIN = -1.0  # stands for s = 1 among the alphas
 _SCALE_LIMITS = (1e-4, 1e4)  # awq_lite clamps to these before it normalizes
 _TINY = torch.finfo(torch.float32).tiny
 
-SCAN_ROWS, FINAL_ROWS, FINALISTS = 128, 256, 3
-"""Every alpha is tried on 128 rows of x, the best three and plain rounding on 256; clips look at all of x. Ours."""
+SCAN_ROWS, FINAL_ROWS = 128, 256
+"""Alphas are narrowed down to the nearest 0.1 on 128 rows of x; that one, its neighbors at 0.05 and plain rounding are
+compared on 256; clips look at all of x. Ours."""
 
 _STEPS = {"modelopt": int4._amax_over_seven, "mse": int4._least_squares}
 
@@ -73,17 +76,14 @@ def search(
     """
     means = _weight_mean(weights, group_size, workers)
     candidates = {_PLAIN: torch.ones_like(means)} | {a: channel_scale(channel_mean.float(), means, a) for a in ALPHAS}
-    few, many = _spread(x, SCAN_ROWS), _spread(x, FINAL_ROWS)
+    many = _spread(x, FINAL_ROWS)
 
     def loss(rows: torch.Tensor, alpha: float, rule: str = "modelopt") -> float:
         return math.fsum(_loss(weight, rows, candidates[alpha], group_size, rule, workers) for weight in weights)
 
     before = loss(many, _PLAIN, scales)
     factors = CLIPS if clip else FEW_CLIPS if scales == "mse" else ()
-    scanned = {alpha: loss(few, alpha) for alpha in ALPHAS}
-    final = {alpha: loss(many, alpha) for alpha in sorted(ALPHAS, key=scanned.__getitem__)[:FINALISTS]}
-    alpha = min(final, key=final.__getitem__)
-    after = final[alpha]
+    alpha, after = _best_alpha(loss, _spread(x, SCAN_ROWS), many)
     clips: tuple[torch.Tensor | None, ...] = (None,) * len(weights)
     if factors:
         clips = tuple(_clip(weight, x, candidates[alpha], group_size, factors, workers) for weight in weights)
@@ -101,6 +101,18 @@ def search(
         error_after=math.sqrt(after / size) if size else 0.0,
         clips=clips,
     )
+
+
+def _best_alpha(
+    loss: Callable[[torch.Tensor, float], float], few: torch.Tensor, many: torch.Tensor
+) -> tuple[float, float]:
+    """-> the best of ALPHAS and its loss on ``many`` rows: in steps of 0.2, then 0.1 and 0.05 around the best so far."""
+    best = len(ALPHAS) // 2
+    for step, rows in ((4, few), (2, few), (1, many)):
+        places = range(0, len(ALPHAS), 4) if step == 4 else range(max(0, best - step), min(20, best + step) + 1, step)
+        found = {place: loss(rows, ALPHAS[place]) for place in places}
+        best = min(found, key=found.__getitem__)
+    return ALPHAS[best], found[best]
 
 
 @torch.no_grad()
