@@ -1,4 +1,4 @@
-"""AWQ beside NVIDIA ModelOpt's: the same codes from the same scales, and a search that finds scales as good.
+"""AWQ (W4A16, W4A8) beside NVIDIA ModelOpt's: the same codes from the same scales, a search that finds as good ones.
 
 Logits of such small random models scatter: scaling every channel by a random 2 % moves their error by 2.3 % (standard
 deviation over 8 trials), which is more than what two good searches differ by. The errors of the layers' outputs, 12
@@ -8,8 +8,10 @@ together and with room for chance for each one. `make test-oracle` runs these te
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,34 +22,43 @@ from tests.oracle.test_same_bits import same_documents
 from tests.quantizers.calibrated import hooked
 from tests.quantizers.unified_folder import logits_of, model_of, tensors_of
 from toolchain import family
-from toolchain.quantizers import awq
+from toolchain.quantizers import awq, int4
 from toolchain.quantizers.rows import Workers
 
 Ours = Callable[..., Path]
 NORM_BEFORE = {"self_attn.q_proj": "input_layernorm", "mlp.gate_proj": "post_attention_layernorm"}
+WAYS = {"awq": {"weights": "int4", "method": "awq"}, "w4a8": {"weights": "int4_fp8"}}
 CHANCE = 1.05
 """About twice the standard deviation of one model's logit error."""
 
 
 def held_out() -> torch.Tensor:
+    """Rows that nothing was calibrated on."""
     return torch.randint(0, 512, (16, 64), generator=torch.Generator().manual_seed(77))
 
 
 def groups(folder: Path) -> list[tuple[str, ...]]:
     """The full names of the matrices that read one input, for each layer."""
-    layers = range(model_of(folder).config.num_hidden_layers)
+    layers = range(read(folder).config.num_hidden_layers)
     return [tuple(family.linear_name(layer, one) for one in group) for layer in layers for group in family.SHARED_INPUT]
 
 
 def logit_error(made: Path, model: Path, ids: torch.Tensor) -> float:
-    exact = logits_of(model_of(model), ids)
-    return float((logits_of(model_of(made), ids) - exact).norm() / exact.norm())
+    """Relative, against the unquantized model, all in float32; inputs are rounded where the format rounds them."""
+    exact = logits_of(read(model), ids)
+    return float((logits_of(read(made), ids) - exact).norm() / exact.norm())
+
+
+@functools.lru_cache(maxsize=32)
+def read(folder: Path) -> Any:
+    """``model_of``, once for each folder."""
+    return model_of(folder, activations=True)
 
 
 def output_error(made: Path, model: Path, ids: torch.Tensor) -> float:
     """Relative error of what the linears put out, on the unquantized model's activations: root mean over all groups."""
-    exact, inputs = model_of(model).state_dict(), hooked(model_of(model), ids)
-    found, parts = model_of(made).state_dict(), []
+    exact, inputs = read(model).state_dict(), hooked(read(model), ids)
+    found, parts = read(made).state_dict(), []
     for group in groups(model):
         x = inputs[group[0]].flatten(0, 1).T
         first = group[0].split(".", 3)
@@ -59,70 +70,68 @@ def output_error(made: Path, model: Path, ids: torch.Tensor) -> float:
     return (sum(parts) / len(parts)) ** 0.5
 
 
-def test_awq_folder_has_the_same_tensors_and_documents(theirs: Path, ours: Ours) -> None:
-    made = ours(weights="int4", method="awq")
+@pytest.mark.parametrize("way", WAYS)
+def test_awq_folder_has_the_same_tensors_and_documents(theirs: Path, ours: Ours, way: str) -> None:
+    made = ours(**WAYS[way])
     found, expected = (
-        {name: (one.dtype, one.shape) for name, one in tensors_of(folder).items()} for folder in (made, theirs / "awq")
+        {name: (one.dtype, one.shape) for name, one in tensors_of(folder).items()} for folder in (made, theirs / way)
     )
     assert found == expected
-    same_documents(made, theirs / "awq")
+    same_documents(made, theirs / way)
 
 
-def test_awq_codes_from_modelopts_own_scales_differ_in_less_than_two_percent_of_the_bytes(theirs: Path) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_awq_codes_from_modelopts_own_scales_differ_in_less_than_two_percent_of_the_bytes(
+    theirs: Path, way: str
+) -> None:
     """ModelOpt rounds the scaled weights to the model's dtype, q/k/v and gate/up twice; we round once."""
-    chosen, source, expected = (
-        load_file(theirs / "awq.safetensors"),
-        tensors_of(theirs / "hf"),
-        tensors_of(theirs / "awq"),
-    )
+    chosen, source = load_file(theirs / f"{way}.safetensors"), tensors_of(theirs / "hf")
+    expected = tensors_of(theirs / way)
     different = total = 0
     with Workers(2) as workers:
         for group in groups(theirs / "hf"):
-            inverse = torch.stack([chosen[f"{name}.scale"].reciprocal() for name in group]).mean(0)
-            for name in group:
-                made = awq.apply(
-                    source[f"{name}.weight"],
-                    inverse.reciprocal(),
-                    group_size=128,
-                    scales="modelopt",
-                    workers=workers,
-                )
-                wrong = made.packed != expected[f"{name}.weight"]
+            scale = torch.stack([chosen[f"{name}.scale"].reciprocal() for name in group]).mean(0).reciprocal()
+            made = [
+                awq.apply(source[f"{name}.weight"], scale, group_size=128, scales="modelopt", workers=workers)
+                for name in group
+            ]
+            for name, one in zip(group, made, strict=True):
+                wrong = one.packed != expected[f"{name}.weight"]
                 assert float(wrong.float().mean()) < 0.02, name
                 different, total = different + int(wrong.sum()), total + wrong.numel()
-                torch.testing.assert_close(made.scale, expected[f"{name}.weight_scale"], rtol=2**-6, atol=0)
+                torch.testing.assert_close(one.scale, expected[f"{name}.weight_scale"], rtol=2**-6, atol=0)
+                if way == "w4a8":
+                    second = int4.e4m3_scale(made, workers)
+                    torch.testing.assert_close(second, expected[f"{name}.weight_scale_2"], rtol=2**-6, atol=0)
     assert total == sum(tensor.numel() for tensor in expected.values() if tensor.dtype == torch.uint8)
     rounding = {torch.float16: 0.003, torch.bfloat16: 0.015}[source["model.norm.weight"].dtype]
     assert different / total < rounding
 
 
 @pytest.mark.parametrize("rows", ["calibration", "held-out"])
-def test_awq_search_has_no_larger_output_error(theirs: Path, ours: Ours, rows: str) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_awq_search_has_no_larger_output_error(theirs: Path, ours: Ours, way: str, rows: str) -> None:
     ids = load_file(theirs / "ids.safetensors")["ids"] if rows == "calibration" else held_out()
-    limit = output_error(theirs / "awq", theirs / "hf", ids)
-    assert output_error(ours(weights="int4", method="awq"), theirs / "hf", ids) <= limit
-    assert output_error(ours(weights="int4", method="awq", scales="mse"), theirs / "hf", ids) < 0.85 * limit
+    limit = output_error(theirs / way, theirs / "hf", ids)
+    assert output_error(ours(**WAYS[way]), theirs / "hf", ids) <= limit
+    assert output_error(ours(**WAYS[way], scales="mse"), theirs / "hf", ids) < 0.85 * limit
 
 
-def test_awq_with_mse_scales_has_a_smaller_logit_error(theirs: Path, ours: Ours) -> None:
-    limit = logit_error(theirs / "awq", theirs / "hf", held_out())
-    assert logit_error(ours(weights="int4", method="awq", scales="mse"), theirs / "hf", held_out()) < 0.97 * limit
+@pytest.mark.parametrize("way", WAYS)
+def test_awq_with_mse_scales_has_a_smaller_logit_error(theirs: Path, ours: Ours, way: str) -> None:
+    limit = logit_error(theirs / way, theirs / "hf", held_out())
+    assert logit_error(ours(**WAYS[way], scales="mse"), theirs / "hf", held_out()) < 0.97 * limit
 
 
-def test_awq_with_modelopts_group_scales_has_no_larger_logit_error(theirs: Path, ours: Ours) -> None:
-    found = ours(weights="int4", method="awq")
-    assert logit_error(found, theirs / "hf", held_out()) <= CHANCE * logit_error(
-        theirs / "awq", theirs / "hf", held_out()
-    )
-
-
-def test_awq_with_modelopts_group_scales_has_no_larger_logit_error_over_all_models(
-    exports: Path, our_folders: Callable[[str], Ours]
+@pytest.mark.parametrize("way", WAYS)
+def test_awq_with_modelopts_group_scales_has_no_larger_logit_error(
+    exports: Path, our_folders: Callable[[str], Ours], way: str
 ) -> None:
     sums = [0.0, 0.0]
     for name in MODELS:
-        made = our_folders(name)(weights="int4", method="awq")
+        made = our_folders(name)(**WAYS[way])
         for ids in (load_file(exports / name / "ids.safetensors")["ids"], held_out()):
-            sums[0] += logit_error(made, exports / name / "hf", ids)
-            sums[1] += logit_error(exports / name / "awq", exports / name / "hf", ids)
+            found, limit = (logit_error(one, exports / name / "hf", ids) for one in (made, exports / name / way))
+            assert found <= CHANCE * limit
+            sums = [sums[0] + found, sums[1] + limit]
     assert sums[0] <= sums[1]

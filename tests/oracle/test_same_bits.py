@@ -20,6 +20,7 @@ from toolchain.checkpoint import Checkpoint
 Ours = Callable[..., Path]
 UNIFIED: dict[str, dict[str, Any]] = {
     "fp8": {"weights": "fp8", "fp8_scales": "separate", "kv": "fp8"},
+    "int8-wo": {"weights": "int8"},
 }
 FUSED = {
     "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -59,18 +60,18 @@ def test_fp8_tensorrt_llm_export_has_the_same_bytes(theirs: Path, ours: Ours) ->
     assert differing(as_tensorrt_llm(made, weight_scale=scalar, input_scale=scalar), rank0(theirs / "fp8-trt")) == {}
 
 
-def test_int8_kv_scales_are_those_of_the_tensorrt_llm_export(theirs: Path, ours: Ours) -> None:
-    """``scalellm_kv_cache.json`` holds the ranges; the layout has no place for them."""
-    ranges = Checkpoint.open(ours(weights="fp8", fp8_scales="shared", kv="int8")).kv_ranges
+def test_int8_tensorrt_llm_export_has_the_same_bytes_with_int8_kv_scales_from_the_ranges(
+    theirs: Path, ours: Ours
+) -> None:
+    made = ours(weights="int8", kv="int8")
+    ranges = Checkpoint.open(made).kv_ranges
     assert ranges is not None
-    expected = rank0(theirs / "int8-wo-kv8-trt")
+    found = as_tensorrt_llm(made, weight_scale=torch.cat)
     for layer, amaxes in enumerate(ranges):
         key, value = (torch.tensor([amax]) / 127 for amax in amaxes)
-        place = f"transformer.layers.{layer}.attention"
-        assert torch.equal(key, expected[f"{place}.k_cache_scaling_factor"])
-        assert torch.equal(value, expected[f"{place}.v_cache_scaling_factor"])
-        assert torch.equal(torch.maximum(key, value), expected[f"{place}.kv_cache_scaling_factor"])
-    assert f"transformer.layers.{len(ranges)}.attention.qkv.weight" not in expected
+        for one, scale in (("k", key), ("v", value), ("kv", torch.maximum(key, value))):
+            found[f"transformer.layers.{layer}.attention.{one}_cache_scaling_factor"] = scale
+    assert differing(found, rank0(theirs / "int8-wo-kv8-trt")) == {}
 
 
 def same_documents(made: Path, theirs: Path) -> None:
