@@ -54,20 +54,19 @@ WORDS: dict[str, dict[str, Any]] = {
     "quantized": {"propagate": "quantized"},
     "separate": {"fp8_scales": "separate"},
 }
-SEQUENCE_TOKENS = 512  # at most; a document is cut at its paragraphs
-LEAST_TOKENS = 32  # a shorter piece says nothing
 REFERENCE = "fp16"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="a folder that make_tiny_llama.py made, or any Llama with --text")
+    add("--model", type=Path, action="append", required=True, help="a folder of make_tiny_llama.py; may come again")
     add("--work", type=Path, default=Path("bench-quality"), help="quantized folders; made ones are used again")
     add("--schemes", default=",".join(SCHEMES), help=f"comma-separated, of {', '.join(SCHEMES)}; words {list(WORDS)}")
     add("--kv", default="fp16,fp8,int8,int8-two", help="comma-separated; int8-two: keys and values have own scales")
-    add("--text", type=Path, help="paragraphs to measure on, instead of the model's own held-out text")
+    add("--text", type=Path, help="paragraphs to measure on, for a model that make_tiny_llama.py did not make")
     add("--calibration", default="builtin", help="builtin, a file, or training: the small Llama's own training text")
+    add("--seeds", default="0", help="comma-separated: each draws other rows to calibrate on (default 0)")
     add("--samples", type=int, default=64, help="rows to calibrate on (default 64, as in recipes)")
     add("--tokens", type=int, default=256, help="tokens in each row (default 256, as in recipes)")
     add("--json", type=Path, metavar="FILE", help="write everything there, the sums of each sequence included")
@@ -91,56 +90,6 @@ def settings(name: str) -> dict[str, Any]:
     for word in words:
         chosen |= WORDS[word]
     return chosen
-
-
-# --- text ------------------------------------------------------------------------------------------------------------
-
-
-def held_out_documents(model: Path) -> dict[str, list[str]]:
-    """What make_tiny_llama.py held out, and what it left over of Python's documentation: never trained on.
-
-    A paragraph that stands in the training text under another title, too, is left out.
-    """
-    import make_tiny_llama
-
-    training = json.loads((model / "training.json").read_text(encoding="utf-8"))
-    known, held = make_tiny_llama.documents(training["seed"])
-    if held != json.loads((model / "held_out.json").read_text(encoding="utf-8")):
-        raise SystemExit(f"{model}: its held-out text is not what this make_tiny_llama.py makes: train it again")
-    seen = {paragraph for text in known + held for paragraph in text.removesuffix("</s>").split("\n\n")}
-    left: list[str] = []
-    for _title, text in sorted(python_topics().items()):
-        fresh = [p for p in text.split("\n\n") if p not in seen]
-        seen.update(fresh)
-        if fresh:
-            left.append("\n\n".join(fresh))
-    return {"held_out": held, "documentation": left}
-
-
-def python_topics() -> dict[str, str]:
-    """Python's documentation of its language, the paragraphs that are sentences: whole, where training has a cut."""
-    import make_tiny_llama
-
-    limit, make_tiny_llama.TOPIC_CHARS = make_tiny_llama.TOPIC_CHARS, sys.maxsize
-    try:
-        return {title: text for title, text in make_tiny_llama.python_topics().items() if text}
-    finally:
-        make_tiny_llama.TOPIC_CHARS = limit
-
-
-def sequences(tokenizer: Any, documents: Sequence[str], most: int = SEQUENCE_TOKENS) -> list[list[int]]:
-    """Documents -> rows of at most `most` token ids, each beginning with <s>, cut between paragraphs if it can be."""
-    rows = []
-    for document in documents:
-        row: list[int] = []
-        for paragraph in document.split("\n\n"):
-            ids = tokenizer.encode(("\n\n" if row else "") + paragraph, add_special_tokens=False)
-            if len(row) + len(ids) >= most and row:
-                rows.append(row)
-                row, ids = [], tokenizer.encode(paragraph, add_special_tokens=False)
-            row += ids
-        rows.append(row)
-    return [[tokenizer.bos_token_id, *row[: most - 1]] for row in rows if len(row) + 1 >= LEAST_TOKENS]
 
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
@@ -181,21 +130,20 @@ def comparisons(names: Sequence[str]) -> list[tuple[str, str]]:
 # --- the work --------------------------------------------------------------------------------------------------------
 
 
-def calibration_samples(args: argparse.Namespace) -> Any:
+def calibration_samples(args: argparse.Namespace, model: Path, seed: int) -> Any:
+    from held_out_text import training_documents
+
     from toolchain.quantizers.samples import load_samples
 
     data = args.calibration
     if data == "training":
-        import make_tiny_llama
-
-        seed = json.loads((args.model / "training.json").read_text(encoding="utf-8"))["seed"]
-        data = str(args.work / "training.jsonl")
-        texts = make_tiny_llama.documents(seed)[0]
-        Path(data).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return load_samples(data, args.model, samples=args.samples, tokens=args.tokens, chat_template=True)
+        data = str(args.work / f"{model.name}-training.jsonl")
+        lines = (json.dumps({"text": text}) + "\n" for text in training_documents(model))
+        Path(data).write_text("".join(lines), encoding="utf-8")
+    return load_samples(data, model, samples=args.samples, tokens=args.tokens, chat_template=True, seed=seed)
 
 
-def quantized(args: argparse.Namespace, name: str, samples: Any) -> Path:
+def quantized(model: Path, work: Path, name: str, samples: Any) -> Path:
     """The folder of one scheme, with the ranges of K and V; made unless it is there with the same inputs."""
     from toolchain import workspace
     from toolchain.checkpoint import Checkpoint
@@ -205,9 +153,9 @@ def quantized(args: argparse.Namespace, name: str, samples: Any) -> Path:
     chosen = settings(name)
     code = [*sorted(ROOT.glob("toolchain/quantizers/*.py")), ROOT / "toolchain" / "stages" / "quantize.py"]
     made_by = hashlib.sha256(b"".join(file.read_bytes() for file in code)).hexdigest()
-    checkpoint = Checkpoint.open(args.model)
+    checkpoint = Checkpoint.open(model)
     inputs = {"model": checkpoint.fingerprint, "samples": samples.digest, "code": made_by, **chosen}
-    target: Path = args.work / f"{name.replace(':', '_')}-{workspace.key_of(inputs)[:12]}"
+    target = work / f"{name.replace(':', '_')}-{workspace.key_of(inputs)[:12]}"
     if not (target / "stamp.json").is_file():
         with workspace.draft(target, "quantize", inputs) as draft:
             quantize(checkpoint, draft, kv="fp8", progress=Silent(), samples=samples, **chosen)
@@ -215,89 +163,114 @@ def quantized(args: argparse.Namespace, name: str, samples: Any) -> Path:
     return target
 
 
-def measure(args: argparse.Namespace, rows: Sequence[list[int]]) -> dict[str, dict[str, Any]]:
-    """-> by `scheme, kv`: the sum of each sequence in nats, the counts, and how long it took."""
+def measure(args: argparse.Namespace, model: Path, seed: int, rows: Sequence[list[int]]) -> dict[str, dict[str, Any]]:
+    """-> by `scheme, kv`: the sum of each sequence in nats, and how long quantizing took."""
     import reference_llama
 
-    samples = calibration_samples(args)
+    samples = calibration_samples(args, model, seed)
     found: dict[str, dict[str, Any]] = {}
     for name in args.schemes.split(","):
         start = time.monotonic()
-        folder = quantized(args, name, samples)
-        made = time.monotonic() - start
-        model, amaxes = reference_llama.load(folder), reference_llama.kv_amaxes(folder)
+        folder = quantized(model, args.work, name, samples)
+        made = round(time.monotonic() - start, 2)
+        llama, amaxes = reference_llama.load(folder), reference_llama.kv_amaxes(folder)
         for kv in args.kv.split(","):
             rounding = reference_llama.kv_rounding(kv, amaxes)
-            results = [reference_llama.negative_log_likelihood(model, row, rounding) for row in rows]
-            found[f"{name}, {kv}"] = {
-                "scheme": name,
-                "kv": kv,
-                "settings": settings(name),
-                "nats": [nats for nats, _ in results],
-                "quantize_s": round(made, 2),
-            }
-            say(f"{name}, KV {kv}: {time.monotonic() - start:.0f} s so far")
+            nats = [reference_llama.negative_log_likelihood(llama, row, rounding)[0] for row in rows]
+            found[f"{name}, {kv}"] = {"scheme": name, "kv": kv, "quantize_s": made, "nats": nats}
+        say(f"{model.name}, calibration {seed}: {name}, {time.monotonic() - start:.0f} s")
     return found
 
 
-def summarize(found: dict[str, dict[str, Any]], counts: Sequence[int]) -> None:
-    """Adds mean, perplexity and the difference to the unquantized model, all with standard errors."""
+def summarize(found: dict[str, dict[str, Any]], counts: Sequence[int]) -> list[dict[str, Any]]:
+    """Adds perplexity and the difference to the unquantized model, with standard errors. -> the comparisons."""
     reference = found.get(f"{REFERENCE}, fp16")
     for one in found.values():
         mean, error = mean_and_error(one["nats"], counts)
         one["perplexity"], one["perplexity_error"] = math.exp(mean), math.exp(mean) * error
         if reference:
-            one["more_nats"], one["more_nats_error"] = paired(one["nats"], reference["nats"], counts)
+            one["more"], one["more_error"] = paired(one["nats"], reference["nats"], counts)
+    pairs = []
+    for this, other in comparisons([one["scheme"] for one in found.values() if one["kv"] == "fp16"]):
+        more, error = paired(found[f"{this}, fp16"]["nats"], found[f"{other}, fp16"]["nats"], counts)
+        pairs.append({"this": this, "against": other, "more": more, "error": error})
+    return pairs
 
 
-def tables(document: dict[str, Any]) -> str:
+def measure_model(args: argparse.Namespace, model: Path, seed: int) -> dict[str, Any]:
+    """One model, calibrated on the rows that one seed draws -> what --json holds of it."""
+    import held_out_text
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
+    given = {"text": [args.text.read_text(encoding="utf-8")]} if args.text else None
+    documents = given or held_out_text.held_out_documents(model)
+    parts = {name: held_out_text.sequences(tokenizer, texts) for name, texts in documents.items()}
+    rows = [row for part in parts.values() for row in part]
+    counts = [len(row) - 1 for row in rows]
+    found = measure(args, model, seed, rows)
+    pairs = summarize(found, counts)
+    training = model / "training.json"
+    return {
+        "model": json.loads(training.read_text(encoding="utf-8")) if training.is_file() else str(model),
+        "calibration": {"data": args.calibration, "samples": args.samples, "tokens": args.tokens, "seed": seed},
+        "parts": {name: {"sequences": len(part), "tokens": sum(map(len, part))} for name, part in parts.items()},
+        "text_sha256": hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
+        "counts": counts,
+        "results": found,
+        "comparisons": pairs,
+    }
+
+
+# --- what it says ----------------------------------------------------------------------------------------------------
+
+
+def table(measured: dict[str, Any]) -> list[str]:
     lines = ["| weights | KV | perplexity | more nats a token than fp16 |", "|---|---|---|---|"]
-    for one in document["results"].values():
-        more = f"{one['more_nats']:+.4f} ± {one['more_nats_error']:.4f}" if "more_nats" in one else ""
+    for one in measured["results"].values():
+        more = f"{one['more']:+.4f} ± {one['more_error']:.4f}" if "more" in one else ""
         perplexity = f"{one['perplexity']:.3f} ± {one['perplexity_error']:.3f}"
         lines.append(f"| {one['scheme']} | {one['kv']} | {perplexity} | {more} |")
-    lines += ["", "| this | against | nats a token | standard errors |", "|---|---|---|---|"]
-    for one in document["comparisons"]:
-        ratio = one["nats"] / one["error"] if one["error"] else 0.0
-        lines.append(f"| {one['this']} | {one['against']} | {one['nats']:+.4f} ± {one['error']:.4f} | {ratio:+.1f} |")
-    return "\n".join(lines)
+    return lines
 
 
-def conditions(args: argparse.Namespace, parts: dict[str, list[list[int]]]) -> dict[str, Any]:
-    training = args.model / "training.json"
-    return {
-        "command": " ".join(["python", "scripts/bench_quality.py", *sys.argv[1:]]),
-        "model": json.loads(training.read_text(encoding="utf-8")) if training.is_file() else str(args.model),
-        "calibration": {"data": args.calibration, "samples": args.samples, "tokens": args.tokens, "seed": 0},
-        "parts": {name: {"sequences": len(rows), "tokens": sum(map(len, rows))} for name, rows in parts.items()},
-        "text_sha256": hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "safetensors", "numpy")},
-        "python": platform.python_version(),
-    }
+def pooled(measured: Sequence[dict[str, Any]]) -> list[str]:
+    """Each comparison in every run, and the mean over the runs with the standard error that their spread gives."""
+    lines = ["| this | against | " + "each run, nats a token | " * len(measured) + "mean | wins |"]
+    lines.append("|---|---|" + "---|" * len(measured) + "---|---|")
+    for place, pair in enumerate(measured[0]["comparisons"]):
+        runs = [one["comparisons"][place] for one in measured]
+        cells = [f"{run['more']:+.4f} ± {run['error']:.4f}" for run in runs]
+        mean, error = mean_and_error([run["more"] for run in runs], [1] * len(runs))
+        cells.append(f"{mean:+.4f} ± {error:.4f}" if len(runs) > 1 else "")
+        cells.append(f"{sum(run['more'] < 0 for run in runs)} of {len(runs)}")
+        lines.append(f"| {pair['this']} | {pair['against']} | {' | '.join(cells)} |")
+    return lines
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from transformers import AutoTokenizer
-
     args.work.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(str(args.model), local_files_only=True)
-    documents = {"text": [args.text.read_text(encoding="utf-8")]} if args.text else held_out_documents(args.model)
-    parts = {name: sequences(tokenizer, texts) for name, texts in documents.items()}
-    rows = [row for part in parts.values() for row in part]
-    counts = [len(row) - 1 for row in rows]
-    say(f"{len(rows)} sequences, {sum(counts)} tokens to predict")
-    found = measure(args, rows)
-    summarize(found, counts)
-    pairs = []
-    for this, other in comparisons([one["scheme"] for one in found.values() if one["kv"] == "fp16"]):
-        nats, error = paired(found[f"{this}, fp16"]["nats"], found[f"{other}, fp16"]["nats"], counts)
-        pairs.append({"this": this, "against": other, "nats": nats, "error": error})
-    document = {"conditions": conditions(args, parts), "counts": counts, "results": found, "comparisons": pairs}
+    lines: list[str] = []
+    measured = []
+    for model in args.model:
+        for seed in map(int, args.seeds.split(",")):
+            one = measure_model(args, model, seed)
+            measured.append(one)
+            lines += [
+                f"{model.name}, calibration {seed}: {len(one['counts'])} sequences, {sum(one['counts'])} tokens",
+                "",
+            ]
+            lines += [*table(one), ""]
     if args.json:
+        names = ("torch", "transformers", "safetensors", "numpy")
+        command = " ".join(["python", "scripts/bench_quality.py", *(sys.argv[1:] if argv is None else argv)])
+        document = {"command": command, "python": platform.python_version(), "runs": measured}
+        document["versions"] = {name: version(name) for name in names}
+        document["schemes"] = {name: settings(name) for name in args.schemes.split(",")}
         args.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(tables(document))
+    print("\n".join([*lines, *pooled(measured)]))
     return 0
 
 

@@ -170,7 +170,9 @@ def test_the_reference_gives_the_logits_of_the_arithmetic_written_out(reference:
     assert (told, count) == (pytest.approx(float(loss), rel=1e-6), 19)
 
 
-def test_a_long_document_is_cut_between_its_paragraphs(bench: Any) -> None:
+def test_a_long_document_is_cut_between_its_paragraphs(scripts_on_path: None) -> None:
+    text = importlib.import_module("held_out_text")
+
     class Letters:
         bos_token_id = 1
 
@@ -179,6 +181,23 @@ def test_a_long_document_is_cut_between_its_paragraphs(bench: Any) -> None:
             return [ord(letter) for letter in text]
 
     paragraphs = ["a" * 40, "b" * 50, "c" * 70, "d" * 5]
-    rows = bench.sequences(Letters(), ["\n\n".join(paragraphs), "short"], 100)
+    rows = text.sequences(Letters(), ["\n\n".join(paragraphs), "short"], 100)
     assert ["".join(map(chr, row[1:])) for row in rows] == ["a" * 40 + "\n\n" + "b" * 50, "c" * 70 + "\n\n" + "d" * 5]
     assert all(row[0] == 1 and len(row) <= 100 for row in rows)
+
+
+def test_no_paragraph_that_is_measured_on_was_trained_on(scripts_on_path: None, tmp_path: Path) -> None:
+    text, make = importlib.import_module("held_out_text"), importlib.import_module("make_tiny_llama")
+    trained, held = make.documents(3)
+    (tmp_path / "training.json").write_text(json.dumps({"seed": 3}))
+    (tmp_path / "held_out.json").write_text(json.dumps(held))
+    parts = text.held_out_documents(tmp_path)
+    assert parts["held_out"] == held
+    assert text.training_documents(tmp_path) == trained
+    everything = "".join(trained + held)
+    for document in parts["documentation"]:
+        for paragraph in document.split("\n\n"):
+            assert len(paragraph) < 100 or paragraph[:1000] not in everything
+    (tmp_path / "held_out.json").write_text(json.dumps(held[1:]))
+    with pytest.raises(SystemExit, match="train it again"):
+        text.held_out_documents(tmp_path)
