@@ -7,15 +7,19 @@ Quantizes the model with the stage `quantize`, once for each scheme, and runs ea
 which shares no code with the quantizers. A scheme is a name of SCHEMES, and words behind it change it:
 `int4-awq-mse:g64:quantized` has groups of 64 and `propagate: quantized`.
 
-Every sequence of text gives one difference against the unquantized model; the standard errors are those of a ratio of
-sums over sequences, because tokens of one sequence are not independent. They say how much the result depends on the
-text, not how much on the model: that takes another --model. It judges nothing and holds no product logic.
+Two measures, in nats a token: how much less likely the text is than for the unquantized model (the logarithm of the
+ratio of the perplexities), and the divergence KL(unquantized || quantized). The first may be below zero, where rounding
+happens to favor what the text goes on with; the second is what quantization changed, whichever way. Two texts: see
+`held_out_text.py`. Every sequence gives one paired difference; the standard errors are those of a ratio of sums over
+sequences, because tokens of one sequence are not independent. They say how much the result depends on the text, not how
+much on the model or on the calibration rows: that takes another --model or --seeds. It holds no product logic.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -54,7 +58,6 @@ WORDS: dict[str, dict[str, Any]] = {
     "quantized": {"propagate": "quantized"},
     "separate": {"fp8_scales": "separate"},
 }
-REFERENCE = "fp16"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -164,10 +167,11 @@ def quantized(model: Path, work: Path, name: str, samples: Any) -> Path:
 
 
 def measure(args: argparse.Namespace, model: Path, seed: int, rows: Sequence[list[int]]) -> dict[str, dict[str, Any]]:
-    """-> by `scheme, kv`: the sum of each sequence in nats, and how long quantizing took."""
+    """-> by `scheme, kv`: both measures of each sequence, summed over its tokens, and how long quantizing took."""
     import reference_llama
 
     samples = calibration_samples(args, model, seed)
+    original = [reference_llama.log_probabilities(reference_llama.load(model), row, []) for row in rows]
     found: dict[str, dict[str, Any]] = {}
     for name in args.schemes.split(","):
         start = time.monotonic()
@@ -176,46 +180,57 @@ def measure(args: argparse.Namespace, model: Path, seed: int, rows: Sequence[lis
         llama, amaxes = reference_llama.load(folder), reference_llama.kv_amaxes(folder)
         for kv in args.kv.split(","):
             rounding = reference_llama.kv_rounding(kv, amaxes)
-            nats = [reference_llama.negative_log_likelihood(llama, row, rounding)[0] for row in rows]
-            found[f"{name}, {kv}"] = {"scheme": name, "kv": kv, "quantize_s": made, "nats": nats}
+            one: dict[str, Any] = {"scheme": name, "kv": kv, "quantize_s": made, "nats": [], "divergence": []}
+            for row, first in zip(rows, original, strict=True):
+                got = reference_llama.log_probabilities(llama, row, rounding)
+                base = reference_llama.negative_log_likelihood(first, row)
+                one["nats"].append(reference_llama.negative_log_likelihood(got, row) - base)
+                one["divergence"].append(reference_llama.divergence(first, got))
+            found[f"{name}, {kv}"] = one
         say(f"{model.name}, calibration {seed}: {name}, {time.monotonic() - start:.0f} s")
     return found
 
 
-def summarize(found: dict[str, dict[str, Any]], counts: Sequence[int]) -> list[dict[str, Any]]:
-    """Adds perplexity and the difference to the unquantized model, with standard errors. -> the comparisons."""
-    reference = found.get(f"{REFERENCE}, fp16")
+def summarize(
+    found: dict[str, dict[str, Any]], places: dict[str, slice], counts: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Adds `held_out nats`, `held_out divergence`, ... as [mean, standard error]. -> the same of the comparisons."""
+    kinds = [(f"{part} {kind}", kind, place) for part, place in places.items() for kind in ("nats", "divergence")]
     for one in found.values():
-        mean, error = mean_and_error(one["nats"], counts)
-        one["perplexity"], one["perplexity_error"] = math.exp(mean), math.exp(mean) * error
-        if reference:
-            one["more"], one["more_error"] = paired(one["nats"], reference["nats"], counts)
+        one["means"] = {key: mean_and_error(one[kind][place], counts[place]) for key, kind, place in kinds}
     pairs = []
     for this, other in comparisons([one["scheme"] for one in found.values() if one["kv"] == "fp16"]):
-        more, error = paired(found[f"{this}, fp16"]["nats"], found[f"{other}, fp16"]["nats"], counts)
-        pairs.append({"this": this, "against": other, "more": more, "error": error})
+        a, b = found[f"{this}, fp16"], found[f"{other}, fp16"]
+        means = {key: paired(a[kind][place], b[kind][place], counts[place]) for key, kind, place in kinds}
+        pairs.append({"this": this, "against": other, "means": means})
     return pairs
 
 
 def measure_model(args: argparse.Namespace, model: Path, seed: int) -> dict[str, Any]:
     """One model, calibrated on the rows that one seed draws -> what --json holds of it."""
     import held_out_text
+    import reference_llama
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
     given = {"text": [args.text.read_text(encoding="utf-8")]} if args.text else None
-    documents = given or held_out_text.held_out_documents(model)
+    documents = given or held_out_text.untrained_documents(model)
     parts = {name: held_out_text.sequences(tokenizer, texts) for name, texts in documents.items()}
     rows = [row for part in parts.values() for row in part]
     counts = [len(row) - 1 for row in rows]
+    ends = list(itertools.accumulate(map(len, parts.values())))
+    places = {name: slice(end - len(part), end) for (name, part), end in zip(parts.items(), ends, strict=True)}
     found = measure(args, model, seed, rows)
-    pairs = summarize(found, counts)
+    pairs = summarize(found, places, counts)
+    llama = reference_llama.load(model)
+    nats = [reference_llama.negative_log_likelihood(reference_llama.log_probabilities(llama, r, []), r) for r in rows]
     training = model / "training.json"
     return {
         "model": json.loads(training.read_text(encoding="utf-8")) if training.is_file() else str(model),
         "calibration": {"data": args.calibration, "samples": args.samples, "tokens": args.tokens, "seed": seed},
-        "parts": {name: {"sequences": len(part), "tokens": sum(map(len, part))} for name, part in parts.items()},
+        "parts": {name: {"sequences": len(part), "tokens": sum(counts[places[name]])} for name, part in parts.items()},
         "text_sha256": hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
+        "unquantized": {name: mean_and_error(nats[place], counts[place]) for name, place in places.items()},
         "counts": counts,
         "results": found,
         "comparisons": pairs,
@@ -226,24 +241,38 @@ def measure_model(args: argparse.Namespace, model: Path, seed: int) -> dict[str,
 
 
 def table(measured: dict[str, Any]) -> list[str]:
-    lines = ["| weights | KV | perplexity | more nats a token than fp16 |", "|---|---|---|---|"]
+    """Perplexity on each text, and both measures of each scheme and cache."""
+    parts = list(measured["parts"])
+    heads = [f"{part}: {what}" for part in parts for what in ("perplexity", "more nats", "divergence")]
+    lines = [f"| weights | KV | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
     for one in measured["results"].values():
-        more = f"{one['more']:+.4f} ± {one['more_error']:.4f}" if "more" in one else ""
-        perplexity = f"{one['perplexity']:.3f} ± {one['perplexity_error']:.3f}"
-        lines.append(f"| {one['scheme']} | {one['kv']} | {perplexity} | {more} |")
+        cells = []
+        for part in parts:
+            nats, error = measured["unquantized"][part]
+            more = one["means"][f"{part} nats"]
+            perplexity = math.exp(nats + more[0])
+            cells += [f"{perplexity:.2f} ± {perplexity * error:.2f}", figure(more)]
+            cells.append(figure(one["means"][f"{part} divergence"]))
+        lines.append(f"| {one['scheme']} | {one['kv']} | {' | '.join(cells)} |")
     return lines
 
 
+def figure(mean: Sequence[float]) -> str:
+    return f"{mean[0]:+.4f} ± {mean[1]:.4f}"
+
+
 def pooled(measured: Sequence[dict[str, Any]]) -> list[str]:
-    """Each comparison in every run, and the mean over the runs with the standard error that their spread gives."""
-    lines = ["| this | against | " + "each run, nats a token | " * len(measured) + "mean | wins |"]
-    lines.append("|---|---|" + "---|" * len(measured) + "---|---|")
+    """The comparisons: of one run as it is; of several their mean, its standard error from their spread, and in how
+    many of them `this` was the lower."""
+    kinds = list(measured[0]["comparisons"][0]["means"]) if measured[0]["comparisons"] else []
+    lines = [f"| this | against | {' | '.join(kinds)} |", "|---|---|" + "---|" * len(kinds)]
     for place, pair in enumerate(measured[0]["comparisons"]):
-        runs = [one["comparisons"][place] for one in measured]
-        cells = [f"{run['more']:+.4f} ± {run['error']:.4f}" for run in runs]
-        mean, error = mean_and_error([run["more"] for run in runs], [1] * len(runs))
-        cells.append(f"{mean:+.4f} ± {error:.4f}" if len(runs) > 1 else "")
-        cells.append(f"{sum(run['more'] < 0 for run in runs)} of {len(runs)}")
+        cells = []
+        for kind in kinds:
+            runs = [one["comparisons"][place]["means"][kind] for one in measured]
+            mean = mean_and_error([run[0] for run in runs], [1] * len(runs)) if len(runs) > 1 else runs[0]
+            lower = f" ({sum(run[0] < 0 for run in runs)}/{len(runs)})" if len(runs) > 1 else ""
+            cells.append(figure(mean) + lower)
         lines.append(f"| {pair['this']} | {pair['against']} | {' | '.join(cells)} |")
     return lines
 

@@ -11,13 +11,15 @@ from typing import Any
 import make_tiny_llama
 
 SEQUENCE_TOKENS = 512  # at most; a document is cut at its paragraphs
-LEAST_TOKENS = 32  # a shorter piece says nothing
+LEAST_TOKENS = 8  # a shorter piece says nothing
+OTHER_SEED, ONE_IN = 1000, 3  # of the new words, and how many of the documents that they make
 
 
-def held_out_documents(model: Path) -> dict[str, list[str]]:
-    """What make_tiny_llama.py held out, and what it left over of Python's documentation: never trained on.
+def untrained_documents(model: Path) -> dict[str, list[str]]:
+    """`held_out`: what make_tiny_llama.py held out, and what it left over of Python's documentation.
 
-    A paragraph whose beginning stands in the training text, under whatever title, is left out.
+    A paragraph whose beginning stands in the training text, under whatever title, is left out. `new_words`: documents
+    of the kinds that the model was trained on, with other words in them; it knows their sentences, not their words.
     """
     training = json.loads((model / "training.json").read_text(encoding="utf-8"))
     known, held = make_tiny_llama.documents(training["seed"])
@@ -30,7 +32,9 @@ def held_out_documents(model: Path) -> dict[str, list[str]]:
         seen.update(fresh)
         if fresh:
             left.append("\n\n".join(fresh))
-    return {"held_out": held, "documentation": left}
+    other = make_tiny_llama.documents(training["seed"] + OTHER_SEED)[0]
+    new = sorted(set(other) - set(known) - {text for text in other if text.count("\n\n") > 3})
+    return {"held_out": held + left, "new_words": new[::ONE_IN]}
 
 
 def python_topics() -> dict[str, str]:

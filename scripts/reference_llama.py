@@ -139,10 +139,22 @@ class RoundedCache(DynamicCache):
 
 
 @torch.inference_mode()
-def negative_log_likelihood(
+def log_probabilities(
     model: LlamaForCausalLM, ids: list[int], rounding: list[tuple[Rounding, Rounding]]
-) -> tuple[float, int]:
-    """-> the sum over all tokens but the first, in nats, and their number."""
-    row = torch.tensor([ids])
-    logits = model(row, past_key_values=RoundedCache(rounding), use_cache=True).logits[0, :-1]
-    return float(torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="sum")), len(ids) - 1
+) -> torch.Tensor:
+    """Of every token but the first: float32 [len(ids) - 1, vocabulary]."""
+    logits = model(torch.tensor([ids]), past_key_values=RoundedCache(rounding), use_cache=True).logits[0, :-1]
+    return logits.log_softmax(-1)
+
+
+def negative_log_likelihood(log_probability: torch.Tensor, ids: list[int]) -> float:
+    """The sum over all tokens but the first, in nats."""
+    return -float(log_probability.gather(1, torch.tensor(ids[1:])[:, None]).sum(dtype=torch.float64))
+
+
+def divergence(original: torch.Tensor, other: torch.Tensor) -> float:
+    """KL(original || other), log-probabilities [n, vocabulary], summed over the n tokens, in nats.
+
+    What `other` costs more on text that the original itself would write.
+    """
+    return float((original.exp() * (original - other)).sum(dtype=torch.float64))

@@ -166,8 +166,17 @@ def test_the_reference_gives_the_logits_of_the_arithmetic_written_out(reference:
         given = reference.load(tmp_path)(ids).logits
     assert torch.allclose(given, expected, atol=1e-6)
     loss = torch.nn.functional.cross_entropy(expected[0, :-1], ids[0, 1:], reduction="sum")
-    told, count = reference.negative_log_likelihood(reference.load(tmp_path), list(range(20)), [])
-    assert (told, count) == (pytest.approx(float(loss), rel=1e-6), 19)
+    told = reference.log_probabilities(reference.load(tmp_path), list(range(20)), [])
+    assert told.shape == (19, 64)
+    assert reference.negative_log_likelihood(told, list(range(20))) == pytest.approx(float(loss), rel=1e-6)
+
+
+def test_the_divergence_is_that_of_the_textbook(reference: Any) -> None:
+    random = np.random.default_rng(8)
+    p, q = (random.dirichlet(np.ones(50), 7) for _ in range(2))
+    given = reference.divergence(torch.from_numpy(np.log(p)), torch.from_numpy(np.log(q)))
+    assert given == pytest.approx(float((p * np.log(p / q)).sum()))
+    assert reference.divergence(torch.from_numpy(np.log(p)), torch.from_numpy(np.log(p))) == 0
 
 
 def test_a_long_document_is_cut_between_its_paragraphs(scripts_on_path: None) -> None:
@@ -191,13 +200,15 @@ def test_no_paragraph_that_is_measured_on_was_trained_on(scripts_on_path: None, 
     trained, held = make.documents(3)
     (tmp_path / "training.json").write_text(json.dumps({"seed": 3}))
     (tmp_path / "held_out.json").write_text(json.dumps(held))
-    parts = text.held_out_documents(tmp_path)
-    assert parts["held_out"] == held
+    parts = text.untrained_documents(tmp_path)
+    assert parts["held_out"][: len(held)] == held
     assert text.training_documents(tmp_path) == trained
     everything = "".join(trained + held)
-    for document in parts["documentation"]:
+    for document in parts["held_out"][len(held) :]:
         for paragraph in document.split("\n\n"):
             assert len(paragraph) < 100 or paragraph[:1000] not in everything
+    assert len(parts["new_words"]) > 100
+    assert not set(parts["new_words"]) & set(trained)
     (tmp_path / "held_out.json").write_text(json.dumps(held[1:]))
     with pytest.raises(SystemExit, match="train it again"):
-        text.held_out_documents(tmp_path)
+        text.untrained_documents(tmp_path)
