@@ -263,6 +263,8 @@ def test_biases_are_held_to_the_configuration(random_llama: Callable[..., Path],
     else:
         other = name.replace("k_proj", "o_proj")
         rewrite(file, lambda values: values.update({other: torch.zeros(256).half()}))
+        index["weight_map"][other] = file.name
+        (model / INDEX).write_text(json.dumps(index))
         refused(model, other, "Qwen2ForCausalLM", kind=PlanError)
 
 

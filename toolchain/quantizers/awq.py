@@ -106,7 +106,7 @@ def search(
 def _best_alpha(
     loss: Callable[[torch.Tensor, float], float], few: torch.Tensor, many: torch.Tensor
 ) -> tuple[float, float]:
-    """-> the best of ALPHAS and its loss on ``many`` rows: in steps of 0.2, then 0.1 and 0.05 around the best so far."""
+    """-> the best of ALPHAS and its loss on ``many`` rows: in steps of 0.2, then 0.1 and 0.05 around the best."""
     best = len(ALPHAS) // 2
     for step, rows in ((4, few), (2, few), (1, many)):
         places = range(0, len(ALPHAS), 4) if step == 4 else range(max(0, best - step), min(20, best + step) + 1, step)

@@ -176,8 +176,8 @@ class Calibration:
 def compute_dtype(stored: torch.dtype, compute: str = "auto") -> torch.dtype:
     """In which dtype a model of this dtype is run: see ``layout.Scheme.compute``.
 
-    float16 GEMMs are ten times slower than bfloat16 on a CPU, and a GPU takes the same so that both can be compared. The
-    ranges that are seen differ by up to 2 % between float16 and bfloat16.
+    float16 GEMMs are ten times slower than bfloat16 on a CPU, and a GPU takes the same so that both can be compared.
+    The ranges that are seen differ by up to 2 % between float16 and bfloat16.
     """
     return torch.bfloat16 if stored == torch.float16 and compute == "auto" else stored
 
