@@ -25,8 +25,13 @@ BASE = {
     "num_attention_heads": 4,
     "vocab_size": 323,
 }
-QWEN2 = BASE | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
-MISTRAL = BASE | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
+QWEN2 = BASE | {"num_key_value_heads": 2, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+MISTRAL = BASE | {
+    "num_key_value_heads": 2,
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "sliding_window": None,
+}
 
 
 def refused(config: dict[str, Any], *words: str) -> None:
@@ -237,6 +242,8 @@ def test_end_ids_are_a_number_a_list_or_none(eos: object, ids: tuple[int, ...]) 
         ({"model_type": "granite"}, ["model_type granite"]),
         ({"dtype": "float64"}, ["float64"]),
         ({"long": ["x" * 100]}, ["long: [", "..."]),
+        ({"num_key_value_heads": 3}, ["4 attention heads", "3 key and value heads"]),
+        ({"dual_chunk_attention_config": {"chunk_size": 262144}}, ["dual_chunk_attention_config"]),
     ],
 )  # fmt: skip
 def test_keys_that_we_do_not_compute_are_refused_by_name_and_value(change: dict[str, Any], words: list[str]) -> None:
@@ -257,7 +264,7 @@ def test_attention_bias_of_a_class_that_does_not_read_it_is_refused(config: dict
 def test_mistrals_window_is_refused_also_where_it_is_only_the_default() -> None:
     refused(MISTRAL | {"sliding_window": 4096, "max_position_embeddings": 32768}, "sliding_window: 4096")
     refused({key: value for key, value in MISTRAL.items() if key != "sliding_window"}, "sliding_window: 4096")
-    assert read_config(MISTRAL | {"sliding_window": 4096, "max_position_embeddings": 4096}, "").num_kv_heads == 8
+    assert read_config(MISTRAL | {"sliding_window": 4096, "max_position_embeddings": 4096}, "").num_kv_heads == 2
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}

@@ -166,7 +166,8 @@ def read_config(config: Mapping[str, Any], where: str) -> LlamaConfig:
     raise PlanError(
         f"{where}: this model is not one that scalellm can run: " + "; ".join(refusals),
         hint="scalellm runs Llama-2, Llama-3, Mistral and Qwen2-style models without sliding window "
-        "(architectures " + ", ".join(_MODEL_TYPES) + ").",
+        "(architectures " + ", ".join(_MODEL_TYPES) + ").\n"
+        "A key that we do not know and that only a training tool left there can be taken out of config.json.",
     )
 
 
@@ -241,6 +242,9 @@ def _refusals(config: Mapping[str, Any], architecture: str) -> Iterator[str]:
         yield f"its architecture is {architecture} and its model_type {config['model_type']}"
     if config.get("attention_bias") and architecture != "LlamaForCausalLM":
         yield f"attention_bias: true means something of its own with {architecture or 'an unknown architecture'}"
+    heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
+    if kv_heads and heads % kv_heads:
+        yield f"its {heads} attention heads are no multiple of its {kv_heads} key and value heads"
     yield from _window_refusals(config, architecture)
     yield from _rope_refusals(config)
     if _dtype(config) not in ("float16", "bfloat16", "float32"):
