@@ -345,3 +345,29 @@ def test_layouts_that_we_do_not_read_are_refused(model: Path) -> None:
 def test_a_config_that_promises_quantized_weights_is_held_to_it(model: Path) -> None:
     (model / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
     refused(model, "weight_scale")
+
+
+@pytest.mark.parametrize("algo", ["W8A16", "W8A8_SQ_PER_CHANNEL", "W4A8_AWQ"])
+def test_each_quantization_is_held_to_its_own_tensors(model: Path, algo: str) -> None:
+    (model / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": algo, "group_size": 128}}))
+    refused(model, "weight_scale" if algo == "W8A16" else "input_scale", "missing")
+
+
+def test_int8_weights_without_what_balances_their_input_are_refused(single: Path) -> None:
+    """Read without it, they would be computed wrongly."""
+    (single / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "W8A8_SQ_PER_CHANNEL"}}))
+    gone = "model.layers.1.mlp.up_proj.pre_quant_scale"
+
+    def quantize(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("proj.weight")]:
+            prefix, (rows, columns) = name.removesuffix("weight"), tensors[name].shape
+            tensors[name] = torch.ones(rows, columns, dtype=torch.int8)
+            tensors |= {f"{prefix}weight_scale": torch.ones(rows), f"{prefix}input_scale": torch.ones(())}
+            tensors[f"{prefix}pre_quant_scale"] = torch.ones(columns, dtype=torch.float16)
+
+    rewrite(single / "model.safetensors", quantize)
+    found = Checkpoint.open(single).quantization
+    assert found is not None
+    assert found.quant_algo == "W8A8_SQ_PER_CHANNEL"
+    rewrite(single / "model.safetensors", lambda tensors: tensors.pop(gone))
+    refused(single, gone)

@@ -76,7 +76,10 @@ def test_biases_are_counted_in_the_models_dtype_whatever_the_weights_are() -> No
     assert lines["norms and biases"].bytes == (256 * 7 + biases) * 2
 
 
-@pytest.mark.parametrize(("weights", "gigabytes"), [("none", 26.03), ("fp8", 13.34), ("int4", 7.20)])
+@pytest.mark.parametrize(
+    ("weights", "gigabytes"),
+    [("none", 26.03), ("fp8", 13.34), ("int8", 13.34), ("int8_sq", 13.34), ("int4", 7.20), ("int4_fp8", 7.20)],
+)
 def test_engine_weights_of_llama_13b_take_the_published_bytes(weights: str, gigabytes: float) -> None:
     assert weight_bytes(LLAMA_13B, WEIGHTS[weights], bytes_per_scale=2) / 1e9 == pytest.approx(gigabytes, abs=0.005)
 
@@ -87,6 +90,10 @@ def test_our_checkpoint_has_fp32_scales_and_is_larger_than_the_engine_by_them() 
     assert weight_bytes(LLAMA_13B, WEIGHTS["int4"], bytes_per_scale=4) - engine == groups * 2
     assert scale_bytes(LLAMA_13B, WEIGHTS["fp8"], 128, bytes_per_scale=2) == 280 * 4
     assert scale_bytes(LLAMA_13B, WEIGHTS["int4"], 64, bytes_per_scale=4) == groups * 2 * 4
+    assert scale_bytes(LLAMA_13B, WEIGHTS["int4_fp8"], 128, bytes_per_scale=4) == (groups + 280) * 4
+    rows = 40 * (3 * 5120 + 5120 + 2 * 13824 + 5120)
+    assert scale_bytes(LLAMA_13B, WEIGHTS["int8"], 128, bytes_per_scale=2) == rows * 4
+    assert scale_bytes(LLAMA_13B, WEIGHTS["int8_sq"], 128, bytes_per_scale=4) == rows * 4
 
 
 def test_kv_of_llama_13b_takes_the_published_bytes_per_token() -> None:
@@ -167,7 +174,7 @@ def test_cpu_counts_its_own_memory_only_when_told() -> None:
 
 
 CARDS = st.sampled_from(["t4", "l4", "rtx4090", "a100-40gb", "a100-80gb", "h200"])
-SCHEMES = st.tuples(st.sampled_from(["none", "fp8", "int4"]), st.sampled_from(["fp16", "int8"]))
+SCHEMES = st.tuples(st.sampled_from(["none", "fp8", "int4", "int8"]), st.sampled_from(["fp16", "int8"]))
 
 
 @settings(max_examples=60, deadline=None)
@@ -199,9 +206,11 @@ def test_more_memory_never_fits_less(
 
 
 def test_fp8_weights_take_sixteen_bits_on_a_cpu_and_eight_on_a_gpu() -> None:
-    def linears(name: str) -> int:
-        made = memory_plan(LLAMA_13B, WEIGHTS["fp8"], KV["fp16"], LIMITS, device(name), host_memory_bytes=64 * GIB)
+    def linears(name: str, weights: str = "fp8") -> int:
+        made = memory_plan(LLAMA_13B, WEIGHTS[weights], KV["fp16"], LIMITS, device(name), host_memory_bytes=64 * GIB)
         return next(line.bytes for line in made.lines if line.name == "linear weights")
+
+    assert linears("cpu", "int8") == linears("cpu", "int8_sq") == linear_parameters(LLAMA_13B)
 
     assert linears("l4") == linear_parameters(LLAMA_13B)
     assert linears("cpu") == 2 * linear_parameters(LLAMA_13B)

@@ -243,6 +243,11 @@ AWQ = "device: cpu\nquantization: {weights: int4, method: awq}\n"
         ),
         ("device: h100\nkv_cache: {dtype: fp8}", "fp8 KV needs the largest key and value"),
         ("device: RTX 5090\nquantization: {weights: fp8}", "fp8 weights needs"),
+        ("device: a100\nquantization: {weights: int8_sq}", "int8_sq weights needs the largest input of each channel"),
+        ("device: cpu\nquantization: {weights: int8_sq}", "int8_sq weights needs the largest input of each channel"),
+        ("device: l4\nquantization: {weights: int4_fp8}", "int4_fp8 weights needs each linear layer's inputs"),
+        ("device: cpu\nquantization: {weights: int4_fp8}", "int4_fp8 weights needs each linear layer's inputs"),
+        ("device: a100\nquantization: {weights: int8}\nkv_cache: {dtype: int8}", "int8 KV needs the largest key"),
     ],
 )
 def test_plan_calibrates_where_a_method_or_a_static_scale_needs_it_and_says_why(text: str, why: str) -> None:
@@ -261,6 +266,8 @@ def test_plan_calibrates_where_a_method_or_a_static_scale_needs_it_and_says_why(
         "device: cpu\nquantization: {weights: int4}\nkv_cache: {dtype: int8}",
         "device: cpu\nquantization: {weights: fp8}",
         "device: l4\nquantization: {weights: int4}",
+        "device: t4\nquantization: {weights: int8}\nlimits: {max_seq_len: 512, max_batch_size: 1}",
+        "device: cpu\nquantization: {weights: int8}",
         "device: h100",
     ],
 )
@@ -312,6 +319,47 @@ def test_separate_fp8_scales_change_the_checkpoint_also_where_nothing_is_calibra
     shared, separate = (plan(text % extra).slice("quantize") for extra in ("", ", fp8_scales: separate"))
     assert separate == {**shared, "fp8_scales": "separate"}
     assert decided(plan(text % ", fp8_scales: separate"), "fp8_scales") == "separate"
+
+
+def test_checkpoint_depends_on_smoothquants_alpha() -> None:
+    text = "device: a100\nquantization: {weights: int8_sq%s}"
+    half, more = (plan(text % extra).slice("quantize") for extra in ("", ", smoothquant_alpha: 0.8"))
+    assert half["smoothquant_alpha"] == 0.5
+    assert more == {**half, "smoothquant_alpha": 0.8}
+    assert (half["method"], half["group_size"]) == (None, None)
+    assert decided(plan(text % ""), "smoothquant_alpha") == 0.5
+
+
+@pytest.mark.parametrize("weights", ["int8_sq", "int4_fp8"])
+def test_plan_says_that_a_cpu_does_not_round_activations(weights: str) -> None:
+    made = plan(f"device: cpu\nquantization: {{weights: {weights}}}")
+    assert decided(made, "activations") == "16 or 32 bits"
+    assert any(f"{weights} also rounds the inputs" in warning for warning in made.warnings)
+    there = plan(f"device: l4\nquantization: {{weights: {weights}}}")
+    assert decided(there, "activations") == {"int8_sq": "int8", "int4_fp8": "fp8"}[weights]
+    assert not any("rounds the inputs" in warning for warning in there.warnings)
+
+
+def test_plan_refuses_what_a_device_or_a_backend_does_not_multiply() -> None:
+    limits = "\nlimits: {max_seq_len: 512, max_batch_size: 1}"
+    assert "SM 8.0" in refusal("device: t4\nquantization: {weights: int8_sq}" + limits)[0]
+    assert "FP8, which begins with SM 8.9" in refusal("device: a100\nquantization: {weights: int4_fp8}")[0]
+    llmapi = "device: l4\nbackend: tensorrt_llmapi\nquantization: {weights: %s}"
+    for weights in ("int8", "int8_sq"):
+        assert f"TensorRT-LLM llmapi takes no {weights} weights" in refusal(llmapi % weights)[0]
+    assert plan(llmapi % "int4_fp8").weights.quant_algo == "W4A8_AWQ"
+
+
+def test_plan_warns_of_int8_kernels_on_a_t4() -> None:
+    made = plan("device: t4\nquantization: {weights: int8}\nlimits: {max_seq_len: 512, max_batch_size: 1}")
+    assert any("their int8 kernels give errors or garbage on a T4" in warning for warning in made.warnings)
+
+
+def test_plan_offers_no_finer_groups_where_there_are_none() -> None:
+    config = replace(LLAMA_13B, intermediate_size=13824 + 64)
+    message, hint = refusal("device: l4\nquantization: {weights: int4_fp8}", config)
+    assert "group_size 128 does not divide" in message
+    assert "group_size" not in hint
 
 
 def test_plan_has_no_warning_for_a_cpu() -> None:

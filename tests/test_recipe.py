@@ -136,6 +136,21 @@ def test_recipe_with_five_mistakes_reports_all_five_with_their_lines(tmp_path: P
         (GOOD + "quantization: {weights: fp8, clip: true}\n", "quantization.clip: only with weights: int4"),
         (GOOD + "quantization: {weights: int4, method: awq, clip: 1}\n", "clip: must be true or false, not 1"),
         (GOOD + "quantization: {weights: int4, fp8_scales: shared}\n", "fp8_scales: only with weights: fp8"),
+        (
+            GOOD + "quantization:\n  weights: int4_fp8\n  group_size: 64\n",
+            ":5: quantization.group_size: only 128 with weights: int4_fp8",
+        ),
+        (GOOD + "quantization: {weights: int8, group_size: 128}\n", "only with weights: int4 or int4_fp8"),
+        (GOOD + "quantization: {weights: int4_fp8, method: gptq}\n", "quantization.method: only with weights: int4"),
+        (GOOD + "quantization: {weights: int8_sq, clip: true}\n", "clip: only with weights: int4 or int4_fp8"),
+        (GOOD + "quantization: {weights: int8, smoothquant_alpha: 0.5}\n", "only with weights: int8_sq"),
+        (
+            GOOD + "quantization: {weights: int8_sq, smoothquant_alpha: 1.5}\n",
+            ":3: quantization.smoothquant_alpha: must",
+        ),
+        (GOOD + "quantization: {weights: int8_sq, smoothquant_alpha: .nan}\n", "quantization.smoothquant_alpha: must"),
+        (GOOD + "quantization: {weights: int8_sq, smoothquant_alpha: half}\n", "quantization.smoothquant_alpha: must"),
+        (GOOD + "quantization: {weights: int8_qs}\n", "(did you mean 'int8_sq'?)"),
         (GOOD + "quantization: {propagate: clean}\n", "quantization.propagate: only with weights: fp8 or int4"),
         (GOOD + "calibration: {data: chats.csv}\n", "'chats.csv' is not one of builtin, hf:ORG/NAME or a file"),
         (GOOD + "calibration: {data: 'hf:'}\n", "calibration.data: 'hf:' is not one of builtin"),
@@ -158,6 +173,21 @@ def test_mistake_is_told_with_its_line_and_what_was_meant(text: str, said: str) 
 @pytest.mark.parametrize("data", ["builtin", "hf:org/name", "chats.jsonl", "~/some/Book.TXT", "/data/a.parquet"])
 def test_calibration_takes_the_built_in_set_files_and_the_hub(data: str) -> None:
     assert parse_recipe(f"{GOOD}calibration: {{data: {data}}}", FILE).calibration.data == data
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{weights: int8, propagate: quantized}",
+        "{weights: int8_sq, smoothquant_alpha: 0.8}",
+        "{weights: int8_sq, smoothquant_alpha: 1}",
+        "{weights: int4_fp8, clip: true, scales: modelopt, group_size: 128}",
+    ],
+)
+def test_keys_of_the_eight_bit_formats_are_taken(text: str) -> None:
+    recipe = parse_recipe(f"{GOOD}quantization: {text}\n", FILE)
+    assert recipe.quantization.weights in text
+    assert parse_recipe(GOOD + "quantization: {weights: int8_sq}\n", FILE).quantization.smoothquant_alpha == 0.5
 
 
 def test_section_that_is_left_empty_keeps_its_defaults() -> None:

@@ -33,6 +33,7 @@ Where = tuple[str | int, ...]
 
 _TYPES = {
     "int_type": "a whole number",
+    "float_type": "a number",
     "int_parsing_size": "a smaller number",
     "string_type": "text (put it in quotes)",
     "model_type": "a list of keys with values",

@@ -16,6 +16,13 @@ import transformers
 from safetensors.torch import save_file
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+QUANT_ALGO = {
+    "fp8": "FP8",
+    "int4": "W4A16_AWQ",
+    "int8": "W8A16",
+    "int8_sq": "W8A8_SQ_PER_CHANNEL",
+    "int4_fp8": "W4A8_AWQ",
+}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -77,7 +84,10 @@ def write_quantized(
     dtype: str = "float16",
     pre_quant: bool = False,
 ) -> QuantizedFolder:
-    """``weights``: "int4", "fp8" or "none". The reference gets the dequantized weights in float32."""
+    """``weights``: a key of ``QUANT_ALGO``, or "none". The reference gets the dequantized weights in float32.
+
+    ``pre_quant``: o_proj and down_proj get a ``pre_quant_scale``; with int8_sq every linear layer has one.
+    """
     path.mkdir(parents=True)
     tensors: dict[str, torch.Tensor] = {}
     stands_for: dict[str, torch.Tensor] = {}
@@ -87,7 +97,7 @@ def write_quantized(
         module = name.removesuffix(".weight")
         if weights != "none" and module.endswith(LINEARS):
             stored, meaning = _quantize(tensor.numpy(), weights, group)
-            if pre_quant and module.endswith(("o_proj", "down_proj")):
+            if weights == "int8_sq" or (pre_quant and module.endswith(("o_proj", "down_proj"))):
                 factor = (0.5 + torch.rand(tensor.shape[1])).to(DTYPES[dtype])
                 stored["pre_quant_scale"] = factor
                 meaning = meaning * factor.float().numpy()
@@ -101,8 +111,8 @@ def write_quantized(
     (path / "config.json").write_text(json.dumps(raw))
     (path / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
     if weights != "none":
-        scheme = {"quant_algo": "FP8" if weights == "fp8" else "W4A16_AWQ", "kv_cache_quant_algo": None}
-        if weights == "int4":
+        scheme = {"quant_algo": QUANT_ALGO[weights], "kv_cache_quant_algo": None}
+        if weights in ("int4", "int4_fp8"):
             scheme |= {"group_size": group, "has_zero_point": False, "pre_quant_scale": pre_quant}
         (path / "hf_quant_config.json").write_text(json.dumps({"quantization": scheme}))
     reference = type(model)(model.config).eval()
@@ -117,6 +127,13 @@ def _quantize(matrix: np.ndarray, weights: str, group: int) -> tuple[dict[str, t
         scale = torch.tensor(float(np.abs(matrix).max()) / 448.0, dtype=torch.float32)
         codes = (torch.from_numpy(matrix) / scale).to(torch.float8_e4m3fn)
         return {"weight": codes, "weight_scale": scale}, (codes.float() * scale).numpy()
+    if weights in ("int8", "int8_sq"):
+        largest = (np.abs(matrix).max(axis=1) / 127.0).astype(np.float32)
+        whole = np.rint(matrix / largest[:, None]).astype(np.int8)
+        stored = {"weight": torch.from_numpy(whole), "weight_scale": torch.from_numpy(largest)}
+        if weights == "int8_sq":
+            stored["input_scale"] = torch.tensor(0.02)
+        return stored, whole * largest[:, None]
     rows, columns = matrix.shape
     grouped = matrix.reshape(rows, columns // group, group)
     scales = (np.abs(grouped).max(axis=2) / 7.0).astype(np.float32)
@@ -124,4 +141,7 @@ def _quantize(matrix: np.ndarray, weights: str, group: int) -> tuple[dict[str, t
     meaning = (codes_int * scales[:, :, None]).reshape(rows, columns).astype(np.float32)
     nibbles = (codes_int.reshape(rows, columns) & 15).astype(np.uint8)
     packed = nibbles[0::2] | (nibbles[1::2] << 4)
-    return {"weight": torch.from_numpy(packed), "weight_scale": torch.from_numpy(scales)}, meaning
+    stored = {"weight": torch.from_numpy(packed), "weight_scale": torch.from_numpy(scales)}
+    if weights == "int4_fp8":
+        stored |= {"weight_scale_2": torch.tensor(float(scales.max()) / 64), "input_scale": torch.tensor(0.02)}
+    return stored, meaning

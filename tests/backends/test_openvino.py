@@ -20,6 +20,8 @@ import torch
 import transformers
 
 from tests.backends.quantized_folder import QuantizedFolder, random_llama, write_quantized
+from tests.stages.test_quantize_calibrated import WAYS, calibrate
+from tests.stages.test_quantize_calibrated import logits_of as stand_for
 from toolchain.backends import openvino as backend
 from toolchain.backends.openvino.runtime import kv_bytes_per_token, settings
 from toolchain.checkpoint import Checkpoint
@@ -47,6 +49,9 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "int4-pre-quant-scale": ({}, {"weights": "int4", "pre_quant": True}),
     "fp8-gqa": ({"kv_heads": 2}, {"weights": "fp8"}),
     "fp8-mha-tied-bf16": ({"tied": True}, {"weights": "fp8", "dtype": "bfloat16"}),
+    "int8-gqa-bf16": ({"kv_heads": 2}, {"weights": "int8", "dtype": "bfloat16"}),
+    "int8-sq-tied": ({"tied": True}, {"weights": "int8_sq"}),
+    "int4-fp8-pre-quant-scale": ({"kv_heads": 2}, {"weights": "int4_fp8", "pre_quant": True}),
     "none-f16-linear-rope": ({"rope": LINEAR}, {"weights": "none"}),
     "none-bf16-gqa-tied": ({"kv_heads": 2, "tied": True}, {"weights": "none", "dtype": "bfloat16"}),
     "none-f32": ({}, {"weights": "none", "dtype": "float32"}),
@@ -128,6 +133,21 @@ def test_logits_equal_transformers_over_two_steps(built: Callable[[str], Built],
     np.testing.assert_allclose(np.concatenate([first, second], axis=1), expected, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("way", ["int8", "int8_sq", "int4_fp8", "awq-clip-quantized"])
+def test_engine_computes_what_our_own_tensors_stand_for(
+    way: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue("random_llama")(dtype="bfloat16", initializer_range=0.08)
+    chosen = WAYS.get(way) or {"weights": "int8", "group_size": 128, "scales": "mse", "kv": "fp16"}
+    made = calibrate(folder, tmp_path / "quantized", **chosen)
+    backend.build(Checkpoint.open(made), tmp_path / "engine", Silent())
+    ids = np.random.default_rng(0).integers(3, 320, (2, 40))
+    logits = Stateful(tmp_path / "engine")(ids, np.ones((2, 40), np.int64), span(2, 0, 40))
+    expected = stand_for(made, folder, torch.from_numpy(ids)).numpy()
+    assert np.abs(expected).max() > 3
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
+
+
 def test_padding_on_the_left_changes_nothing(built: Callable[[str], Built]) -> None:
     made = built("int4-g64-gqa-tied-bf16")
     ids = tokens(2, 12)
@@ -163,8 +183,8 @@ def greedy(count: int) -> openvino_genai.GenerationConfig:
 
 @pytest.mark.parametrize(
     "variant",
-    ["int4-g128-mha", "int4-g128-gqa-llama3", "int4-pre-quant-scale", "fp8-gqa", "none-f32", "int4-qwen2",
-     "fp8-qwen2-tied"],
+    ["int4-g128-mha", "int4-g128-gqa-llama3", "int4-pre-quant-scale", "fp8-gqa", "int8-sq-tied", "none-f32",
+     "int4-qwen2", "fp8-qwen2-tied"],
 )  # fmt: skip
 def test_continuous_batching_gives_the_greedy_tokens_of_transformers(
     built: Callable[[str], Built], variant: str
@@ -195,11 +215,21 @@ def test_runtime_settings_load_and_the_cache_has_the_stated_size(built: Callable
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names of fused layers are those of the x86 plug-in")
-@pytest.mark.parametrize("variant", ["int4-g128-gqa-llama3", "int4-qwen2"])
-def test_the_plug_in_keeps_int4_and_fuses_attention_rope_and_norms(built: Callable[[str], Built], variant: str) -> None:
+@pytest.mark.parametrize(
+    ("variant", "kept"),
+    [
+        ("int4-g128-gqa-llama3", "i4"),
+        ("int4-qwen2", "i4"),
+        ("int8-sq-tied", "i8"),
+        ("int4-fp8-pre-quant-scale", "i4"),
+    ],
+)
+def test_the_plug_in_keeps_integers_and_fuses_attention_rope_and_norms(
+    built: Callable[[str], Built], variant: str, kept: str
+) -> None:
     compiled = Stateful(built(variant).engine).compiled
     infos = [operation.get_rt_info() for operation in compiled.get_runtime_model().get_ops()]
     kinds = Counter((info["layerType"].astype(str), info["runtimePrecision"].astype(str)) for info in infos)
-    assert kinds["FullyConnected", "i4"] == 7 * LAYERS
+    assert kinds["FullyConnected", kept] == 7 * LAYERS
     fused = Counter(kind for kind, _ in kinds.elements())
     assert (fused["RoPE"], fused["RMS"], fused["ScaledDotProductAttention"]) == (2 * LAYERS, 2 * LAYERS + 1, LAYERS)

@@ -100,6 +100,29 @@ def four_layers(random_llama: Callable[..., Path]) -> Path:
 # --- what it writes --------------------------------------------------------------------------------------------------
 
 
+def test_int8_is_the_formula_bit_for_bit_and_takes_no_text(model: Path, tmp_path: Path) -> None:
+    source, made = tensors_of(model), run(model, tmp_path / "out", weights="int8")
+    written, config = tensors_of(made), Checkpoint.open(made).config
+    report = json.loads((made / REPORT).read_text())
+    for layer, linear in family.layer_linears(config):
+        name = family.linear_name(layer, linear)
+        weight = source.pop(f"{name}.weight").float()
+        scale, codes = written.pop(f"{name}.weight_scale"), written.pop(f"{name}.weight")
+        assert torch.equal(scale, weight.abs().amax(1) / 127)
+        assert torch.equal(codes, torch.round(weight / scale[:, None]).to(torch.int8))
+        error = float((codes.double() * scale.double()[:, None] - weight).norm() / weight.double().norm())
+        assert report["relative_error"][name] == pytest.approx(error, rel=1e-4)
+    assert written.keys() == source.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in source.items())
+    quantization = json.loads((made / "hf_quant_config.json").read_text())["quantization"]
+    excluded = ["lm_head", "model.embed_tokens"]
+    assert quantization == {"quant_algo": "W8A16", "kv_cache_quant_algo": None, "exclude_modules": excluded}
+    inside = json.loads((made / "config.json").read_text())["quantization_config"]
+    inside.pop("producer")
+    assert inside == {"ignore": excluded, "quant_algo": "W8A16", "quant_method": "modelopt"}
+    assert "calibration" not in report
+
+
 @pytest.mark.parametrize("group_size", [64, 128])
 def test_int4_dequantizes_to_the_model_within_its_reported_error(model: Path, tmp_path: Path, group_size: int) -> None:
     source, made = tensors_of(model), run(model, tmp_path / "out", group_size=group_size)

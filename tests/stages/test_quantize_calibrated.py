@@ -31,11 +31,16 @@ from toolchain.stages.quantize import REPORT, quantize
 SAMPLES = random_samples(24, 48)
 INT4 = {"weights": "int4", "group_size": 64, "scales": "mse", "kv": "fp16"}
 FP8 = {"weights": "fp8", "group_size": 128, "scales": "mse", "kv": "fp8"}
+SQ = {"weights": "int8_sq", "group_size": 128, "scales": "mse", "kv": "fp16"}
+W4A8 = {"weights": "int4_fp8", "group_size": 128, "scales": "modelopt", "kv": "fp16"}
 WAYS = {
     "awq": {**INT4, "method": "awq"},
     "awq-clip-quantized": {**INT4, "method": "awq", "clip": True, "propagate": "quantized"},
     "gptq": {**INT4, "method": "gptq"},
     "fp8": FP8,
+    "int8_sq": SQ,
+    "int8_sq-quantized": {**SQ, "smoothquant_alpha": 0.7, "propagate": "quantized"},
+    "int4_fp8": W4A8,
 }
 
 
@@ -100,8 +105,8 @@ def logits_of(made: Path, model: Path, ids: torch.Tensor) -> torch.Tensor:
             prefix = name.removesuffix("weight")
             weight = tensor.float() if tensor.dtype != torch.uint8 else nibbles(tensor)
             scale = written[f"{prefix}weight_scale"]
-            groups = scale.shape[1] if scale.ndim else 1
-            weight = (weight.view(len(weight), groups, -1) * scale.view(*scale.shape, 1)).flatten(1)
+            groups = scale.shape[1] if scale.ndim == 2 else 1
+            weight = (weight.view(len(weight), groups, -1) * scale.view(-1, groups, 1)).flatten(1)
             restored[name] = weight * written.get(f"{prefix}pre_quant_scale", torch.tensor(1.0)).float()
         elif name.endswith((".weight", ".bias")):
             restored[name] = tensor.float()
@@ -132,8 +137,11 @@ def test_awq_and_gptq_give_logits_nearer_to_the_models_than_plain_rounding(outly
     for name, way in WAYS.items():
         made = calibrate(outlying, tmp_path / name, **way)
         errors[name] = float((logits_of(made, outlying, ids) - exact).norm() / exact.norm())
+    errors["int8"] = float((logits_of(run(outlying, tmp_path / "int8", weights="int8"), outlying, ids) - exact).norm())
+    errors["int8"] /= float(exact.norm())
     assert all(errors[name] < errors["rtn"] for name in WAYS), errors
-    assert errors["fp8"] < errors["gptq"], errors
+    assert errors["int8"] < errors["fp8"] < errors["gptq"], errors
+    assert errors["int8_sq"] < errors["fp8"], errors
 
 
 def test_a_qwen2_keeps_its_biases_and_its_logits(qwen2: Path, tmp_path: Path) -> None:
@@ -281,6 +289,78 @@ def test_fp8_kv_scales_grow_with_a_range_beyond_448(random_llama: Callable[..., 
     assert float(written["model.layers.0.self_attn.k_proj.k_scale"]) == 1.0
 
 
+def test_smoothquant_balances_each_input_once_and_stores_how(random_llama: Callable[..., Path], tmp_path: Path) -> None:
+    model = random_llama(dtype="bfloat16")
+    seen = hooked(load(model, torch.bfloat16), torch.from_numpy(SAMPLES.token_ids))
+    made = calibrate(model, tmp_path / "out", **SQ)
+    written, source = tensors_of(made), tensors_of(model)
+    for layer in range(2):
+        for group in family.SHARED_INPUT:
+            names = [family.linear_name(layer, linear) for linear in group]
+            channel_amax = seen[names[0]].flatten(0, -2).abs().amax(0).float()
+            by = written[f"{names[0]}.pre_quant_scale"]
+            assert by.dtype == torch.bfloat16
+            wanted = [source[f"{name}.weight"].float().abs().amax(0).div(channel_amax).sqrt() for name in names]
+            torch.testing.assert_close(by.float(), torch.stack(wanted).mean(0), rtol=2**-6, atol=0)
+            largest = (seen[names[0]] * by).abs().max().float()
+            for name in names:
+                assert torch.equal(written[f"{name}.pre_quant_scale"], by)
+                assert torch.equal(written[f"{name}.input_scale"], largest / 127)
+                smoothed = source[f"{name}.weight"].double() / by.double()
+                scale = smoothed.abs().amax(1) / 127
+                torch.testing.assert_close(written[f"{name}.weight_scale"].double(), scale, rtol=1e-6, atol=0)
+                codes = torch.round(smoothed / scale[:, None])
+                assert (codes - written[f"{name}.weight"].double()).abs().max() <= 1  # a tie may go the other way
+                assert float((codes != written[f"{name}.weight"].double()).float().mean()) < 1e-3
+    norms = [name for name in source if "norm" in name]
+    assert all(torch.equal(written[name], source[name]) for name in norms)
+    report = json.loads((made / REPORT).read_text())
+    assert report["smoothquant_alpha"] == 0.5
+    for layer in report["calibration"]["layers"]:
+        for found in layer["groups"].values():
+            assert found["alpha"] == 0.5
+            assert 0 < found["output_error_after"] < 0.1
+    document = json.loads((made / "hf_quant_config.json").read_text())["quantization"]
+    excluded = ["lm_head", "model.embed_tokens"]
+    assert document == {
+        "quant_algo": "W8A8_SQ_PER_CHANNEL",
+        "kv_cache_quant_algo": None,
+        "exclude_modules": excluded,
+    }
+
+
+def test_smoothquant_keeps_outlier_channels_from_spoiling_the_inputs(outlying: Path, tmp_path: Path) -> None:
+    report = json.loads((calibrate(outlying, tmp_path / "out", **SQ) / REPORT).read_text())
+    groups = [group for layer in report["calibration"]["layers"] for group in layer["groups"].values()]
+    before, after = (sum(group[f"output_error_{when}"] for group in groups) for when in ("before", "after"))
+    assert after < 0.8 * before
+
+
+def test_w4a8_is_awq_with_a_second_scale_and_that_of_the_input(outlying: Path, tmp_path: Path) -> None:
+    four = tensors_of(calibrate(outlying, tmp_path / "int4", **{**W4A8, "weights": "int4", "method": "awq"}))
+    made = calibrate(outlying, tmp_path / "out", **W4A8)
+    written, source = tensors_of(made), tensors_of(outlying)
+    added = {name for name in written if name.endswith(("weight_scale_2", "input_scale"))}
+    assert set(written) - added == set(four)
+    assert all(torch.equal(written[name], four[name]) for name in four), "the int4 part is AWQ's"
+    seen = hooked(load(outlying, torch.bfloat16), torch.from_numpy(SAMPLES.token_ids))
+    for layer in range(2):
+        for group in family.SHARED_INPUT:
+            names = [family.linear_name(layer, linear) for linear in group]
+            second = max(written[f"{name}.weight_scale"].max() for name in names) / 64
+            by = written.get(f"{names[0]}.pre_quant_scale")
+            if by is None:
+                norm = f"model.layers.{layer}.{family.NORMS[group == family.MLP_IN]}.weight"
+                by = written[norm].float() / source[norm].float()
+            largest = float((seen[names[0]].flatten(0, -2).abs().amax(0).float() * by.float()).max())
+            for name in names:
+                assert torch.equal(written[f"{name}.weight_scale_2"], second)
+                assert float(written[f"{name}.input_scale"]) == pytest.approx(largest / 448, rel=2**-6)
+    document = json.loads((made / "hf_quant_config.json").read_text())["quantization"]
+    assert (document["quant_algo"], document["group_size"], document["pre_quant_scale"]) == ("W4A8_AWQ", 128, True)
+    assert json.loads((made / REPORT).read_text())["method"] == "awq"
+
+
 @pytest.mark.parametrize("kv", ["int8", "fp8"])
 def test_weights_that_stay_get_ranges_of_keys_and_values(
     random_llama: Callable[..., Path], tmp_path: Path, kv: str
@@ -300,9 +380,14 @@ def test_weights_that_stay_get_ranges_of_keys_and_values(
     assert Checkpoint.open(again).kv_ranges == ranges
 
 
-def test_a_quantized_checkpoint_is_observed_as_what_its_codes_stand_for(outlying: Path, tmp_path: Path) -> None:
-    first = calibrate(outlying, tmp_path / "first", **WAYS["awq"])
-    made = calibrate(first, tmp_path / "second", **{**WAYS["awq"], "kv": "int8"})
+@pytest.mark.parametrize("way", ["awq", "int8_sq", "int4_fp8"])
+def test_a_quantized_checkpoint_is_observed_as_what_its_codes_stand_for(
+    outlying: Path, tmp_path: Path, way: str
+) -> None:
+    first = calibrate(outlying, tmp_path / "first", **WAYS[way])
+    made = calibrate(first, tmp_path / "second", **{**WAYS[way], "kv": "int8"})
+    same = tensors_of(first)
+    assert all(torch.equal(tensor, same[name]) for name, tensor in tensors_of(made).items())
     ranges, earlier = Checkpoint.open(made).kv_ranges, Checkpoint.open(first).kv_ranges
     assert ranges is not None
     assert earlier is not None
@@ -343,7 +428,17 @@ def test_a_method_that_needs_text_is_refused_without_it(random_llama: Callable[.
         calibrate(random_llama(), tmp_path / "out", samples=None, **WAYS["awq"])
 
 
-@pytest.mark.parametrize("way", ["awq", "gptq", "fp8"])
+@pytest.mark.parametrize("weights", ["int8_sq", "int4_fp8"])
+def test_weights_that_depend_on_text_are_refused_without_it(
+    random_llama: Callable[..., Path], tmp_path: Path, weights: str
+) -> None:
+    with pytest.raises(PlanError, match=f"weights: {weights} needs text") as caught:
+        calibrate(random_llama(), tmp_path / "out", samples=None, **{**SQ, "weights": weights})
+    assert "calibration: {data: builtin}" in caught.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("way", ["awq", "gptq", "fp8", "int8_sq", "int4_fp8"])
 @pytest.mark.parametrize("linear", ["self_attn.v_proj", "mlp.down_proj"])
 def test_nan_in_the_weights_is_said_of_the_weights(
     random_llama: Callable[..., Path], tmp_path: Path, way: str, linear: str
@@ -455,7 +550,7 @@ calibrate(model, target, Listening(lambda text: time.sleep(1.0)), max_shard_byte
 """
 
 
-@pytest.mark.parametrize("way", ["awq", "gptq"])
+@pytest.mark.parametrize("way", ["awq", "gptq", "int8_sq"])
 def test_kill_9_loses_only_the_layer_in_hand(
     random_llama: Callable[..., Path], tmp_path: Path, root: Path, way: str
 ) -> None:
