@@ -78,7 +78,7 @@ def test_biases_are_counted_in_the_models_dtype_whatever_the_weights_are() -> No
 
 @pytest.mark.parametrize(
     ("weights", "gigabytes"),
-    [("none", 26.03), ("fp8", 13.34), ("int8", 13.34), ("int8_sq", 13.34), ("int4", 7.20), ("int4_fp8", 7.20)],
+    [("none", 26.03), ("fp8", 13.34), ("int4", 7.20), ("int4_fp8", 7.20)],
 )
 def test_engine_weights_of_llama_13b_take_the_published_bytes(weights: str, gigabytes: float) -> None:
     assert weight_bytes(LLAMA_13B, WEIGHTS[weights], bytes_per_scale=2) / 1e9 == pytest.approx(gigabytes, abs=0.005)
@@ -94,6 +94,8 @@ def test_our_checkpoint_has_fp32_scales_and_is_larger_than_the_engine_by_them() 
     rows = 40 * (3 * 5120 + 5120 + 2 * 13824 + 5120)
     assert scale_bytes(LLAMA_13B, WEIGHTS["int8"], 128, bytes_per_scale=2) == rows * 4
     assert scale_bytes(LLAMA_13B, WEIGHTS["int8_sq"], 128, bytes_per_scale=4) == rows * 4
+    fp8, int8 = (weight_bytes(LLAMA_13B, WEIGHTS[name]) for name in ("fp8", "int8"))
+    assert int8 - fp8 == (rows - 280) * 4
 
 
 def test_kv_of_llama_13b_takes_the_published_bytes_per_token() -> None:

@@ -149,7 +149,7 @@ def test_recipe_with_five_mistakes_reports_all_five_with_their_lines(tmp_path: P
             ":3: quantization.smoothquant_alpha: must",
         ),
         (GOOD + "quantization: {weights: int8_sq, smoothquant_alpha: .nan}\n", "quantization.smoothquant_alpha: must"),
-        (GOOD + "quantization: {weights: int8_sq, smoothquant_alpha: half}\n", "quantization.smoothquant_alpha: must"),
+        (GOOD + "quantization: {weights: int8_sq, smoothquant_alpha: half}\n", "smoothquant_alpha: must be a number"),
         (GOOD + "quantization: {weights: int8_qs}\n", "(did you mean 'int8_sq'?)"),
         (GOOD + "quantization: {propagate: clean}\n", "quantization.propagate: only with weights: fp8 or int4"),
         (GOOD + "calibration: {data: chats.csv}\n", "'chats.csv' is not one of builtin, hf:ORG/NAME or a file"),
