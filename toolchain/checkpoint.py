@@ -298,9 +298,9 @@ def _quantization(path: Path, config: Mapping[str, Any]) -> CheckpointQuantizati
         foreign = config.get("quantization_config")
         if foreign:
             raise PlanError(
-                f"{path}: already quantized ({foreign.get('quant_method', 'unknown method')}), in a layout that "
-                "scalellm does not import",
-                hint="Start from the unquantized model, or from one in NVIDIA ModelOpt's unified layout.",
+                f"{path}: already quantized ({foreign.get('quant_method', 'unknown method')}), in another layout than "
+                "NVIDIA ModelOpt's unified one",
+                hint=f"scalellm inspect {path}   # says whether it can be imported",
             )
         return None
     raw = read_json(file).get("quantization", {})

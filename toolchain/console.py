@@ -30,7 +30,7 @@ from rich.text import Text
 from toolchain.errors import RecipeError, ScalellmError
 from toolchain.plan import Plan
 from toolchain.progress import Task
-from toolchain.units import format_bytes, format_seconds
+from toolchain.units import format_bytes, format_count, format_seconds
 
 _QUIET_LINE_EVERY_S = 10.0
 
@@ -107,14 +107,14 @@ class Screen:
         """What a folder is (``stages.inspect.Inspection``), and what to type."""
         one = found.identity
         use = {"direct": "yes, as it is", "import": "yes, imported first", "refused": "no"}[one.use]
-        size = f"{found.architecture}, {found.parameters / 1e9:.2f} billion parameters, {found.layers} layers"
+        size = f"{found.architecture}, {format_count(found.parameters)} parameters, {found.layers} layers"
         quantized = [one.group_size and f"groups of {one.group_size}", one.zero_points and "zero points"]
         quantized += [one.act_order and "act order", one.kv != "fp16" and f"{one.kv} cache"]
         rows = [
             ("what", one.title),
             ("model", f"{size}, {found.dtype}" if found.architecture else "not of a family that scalellm knows"),
             ("weights", ", ".join([one.weights or "of no kind that a recipe has", *filter(None, quantized)])),
-            ("calibrated", "yes" if found.calibrated else "no"),
+            ("calibrated", "yes" if found.calibrated else "no sign of it"),
             ("written by", found.identity.producer or "not said"),
             ("files", f"{found.weight_files} with weights, {format_bytes(found.nbytes)} in all"),
             ("stamp", found.stamp or "none of scalellm's"),

@@ -237,9 +237,11 @@ class _Model:
         self._opened: Checkpoint | None = None
         self._stamp: Stamp | None = None
         found = checkpoints.find(source)
-        self._foreign = foreign.open_foreign(found) if found else None
         if found is None:
             self._stamp = workspace.current(self._quantized)
+        if found is None and self._stamp is None and published(source) is None:
+            found = checkpoints.download(source)
+        self._foreign = foreign.open_foreign(found) if found else None
         self.config: LlamaConfig = self._foreign.config if self._foreign else self._config(found)
 
     def check(self, plan: Plan) -> None:

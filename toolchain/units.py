@@ -30,6 +30,11 @@ def format_bytes(count: int) -> str:
     return f"{count} B"
 
 
+def format_count(count: int) -> str:
+    """13015864320 -> ``"13.02 billion"``, 524288 -> ``"0.52 million"``."""
+    return f"{count / 1e9:.2f} billion" if count >= 10**9 else f"{count / 1e6:.2f} million"
+
+
 def format_seconds(seconds: float) -> str:
     """0.0421 -> ``"42 ms"``, 3.14159 -> ``"3.1 s"``, 127 -> ``"2 min 07 s"``."""
     if seconds < 1:

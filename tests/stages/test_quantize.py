@@ -359,7 +359,7 @@ def test_an_input_width_that_groups_do_not_divide_is_refused_by_name(
     run(model, tmp_path / "out", group_size=64)
 
 
-@pytest.mark.parametrize("choice", [{"group_size": 32}, {"scales": "best"}])
+@pytest.mark.parametrize("choice", [{"group_size": 48}, {"scales": "best"}])
 def test_unknown_group_sizes_and_scales_are_refused(
     random_llama: Callable[..., Path], tmp_path: Path, choice: dict[str, Any]
 ) -> None:

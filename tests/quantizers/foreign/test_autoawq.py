@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.entrypoints.convert import AutoAWQConverter
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from tests.quantizers.foreign.adopted import adopt, assert_same, dequantized, quantization_of
 from tests.quantizers.foreign.folders import AWQ, awq, meaning, words, write
@@ -64,6 +67,24 @@ def test_zero_points_that_do_not_fit_are_refused_with_their_share_and_nothing_is
     with pytest.raises(PlanError, match=rf"{100 * bad / groups:.1f} % of its groups \({bad} of {groups}.*q_proj"):
         adopt(source.path, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["awq"]
+
+
+@pytest.mark.parametrize("zero", [8, None])
+def test_compressed_tensors_own_converter_unpacks_the_same_codes(tmp_path, zero):
+    """An independent reading of AutoAWQ's packing, with zero points too, which our unpacking sees before it refuses."""
+    source = write(tmp_path / "awq", awq(128, zero=zero), AWQ)
+    converted = AutoAWQConverter().process(dict(source.tensors))
+    args = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=128, symmetric=False)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    folder = foreign.open_foreign(source.path)
+    for module in sorted(folder.linears):
+        names = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+        state = {name: converted[f"{module}.{name}"] for name in names}
+        state["weight_scale"] = state["weight_scale"].float()
+        theirs = BaseCompressor.get_value_from_registry("pack-quantized").decompress(state, scheme)["weight"]
+        codes = folder.codes(module, slice(0, theirs.shape[1])).astype(np.int64)
+        ours = meaning(codes, folder.zeros(module).astype(np.int64), folder.scales(module))
+        assert torch.equal(torch.from_numpy(ours.copy()), theirs)
 
 
 def test_biases_of_nothing_are_left_out_and_others_refused(tmp_path):

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+import transformers
+from compressed_tensors.compressors import BaseCompressor, ModelCompressor
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    apply_quantization_config,
+    preset_name_to_scheme,
+)
+from safetensors.torch import save_file
 
+from tests.backends.quantized_folder import random_llama
 from tests.quantizers.foreign.adopted import adopt, assert_same, dequantized, quantization_of, tensors_of
 from tests.quantizers.foreign.folders import Written, write
 from toolchain.checkpoint import Checkpoint
@@ -65,8 +75,6 @@ def packed(
 
 def with_cache(source: Written) -> None:
     """Add the scales of an FP8 cache, as llm-compressor names them."""
-    from safetensors.torch import save_file
-
     for layer in range(2):
         for letter, scale in (("k", 0.03125), ("v", 0.017)):
             name = f"model.layers.{layer}.self_attn.{letter}_scale"
@@ -211,7 +219,7 @@ class TestFloat8:
     [
         ({"format": "marlin-24"}, "'marlin-24'"),
         ({"format": "nvfp4-pack-quantized"}, "'nvfp4-pack-quantized'"),
-        ({"transform_config": {"config_groups": {}}, "config_groups": {"a": {"weights": INT4}}}, "rotated"),
+        ({"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}}, "rotated"),
         ({"sparsity_config": {"format": "sparse-bitmask"}}, "sparse"),
         ({"config_groups": {"a": {"weights": INT4}, "b": {"weights": INT8}}}, "several ways"),
         ({"config_groups": {"a": {"weights": INT4 | {"num_bits": 3}}}}, "3 bits"),
@@ -239,3 +247,37 @@ def test_a_matrix_that_was_left_out_is_named(tmp_path):
     source = write(tmp_path / "ct", pack, settings(INT4, "pack-quantized", ignore=ignore))
     with pytest.raises(PlanError, match=r"layers\.1\.mlp\.down_proj; ignore: lm_head, re:"):
         adopt(source.path, tmp_path / "out")
+
+
+def whole_folder(folder: Path, preset: str) -> None:
+    """A folder that compressed-tensors and transformers write by themselves, config.json and all."""
+    model = random_llama(kv_heads=2).to(torch.bfloat16)
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+    apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"]))
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            scale, weight = module.weight_scale, module.weight.float()
+            groups = weight.reshape(1, 1, -1) if scale.numel() == 1 else weight.reshape(*scale.shape, -1)
+            top = 448.0 if scale.numel() == 1 else 7.5
+            scale.data.copy_((groups.abs().amax(2) / top).reshape(scale.shape))
+        if hasattr(module, "input_scale"):
+            module.input_scale.data.fill_(0.02)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(folder)
+
+
+@pytest.mark.parametrize(("preset", "weights"), [("W4A16", "int4"), ("FP8", "fp8")])
+def test_a_folder_written_by_them_loads_in_transformers_to_the_same_numbers(tmp_path, preset, weights):
+    """transformers' own loader dequantizes to the dtype of the scales, bfloat16: ours rounded to it must be equal."""
+    whole_folder(tmp_path / "ct", preset)
+    assert foreign.identify(tmp_path / "ct").weights == weights
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ct", quantization_config=transformers.CompressedTensorsConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    found = dequantized(adopt(tmp_path / "ct", tmp_path / "out"))
+    assert_same({name: tensor.to(torch.bfloat16) for name, tensor in found.items()}, loaded.state_dict())
+    if preset == "FP8":
+        scale = torch.tensor(0.02, dtype=torch.bfloat16).float()
+        assert tensors_of(tmp_path / "out")["model.layers.0.mlp.down_proj.input_scale"] == scale

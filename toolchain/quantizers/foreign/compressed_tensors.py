@@ -79,7 +79,7 @@ def _refusals(settings: Settings) -> str:
         return f"its format is {kind!r}; read are {', '.join(_FORMATS)}"
     if len(settings.get("config_groups") or {}) != 1 or formats != {kind}:
         return "its layers are quantized in several ways (config_groups)"
-    if settings.get("transform_config"):
+    if (settings.get("transform_config") or {}).get("config_groups"):
         return "its activations are rotated while running (transform_config)"
     if (settings.get("sparsity_config") or {}).get("format", "dense") != "dense":
         return "its weights are stored sparse (sparsity_config)"
