@@ -158,6 +158,18 @@ def test_plan_refuses_groups_that_do_not_divide_and_offers_those_that_do() -> No
     assert plan("device: l4\nquantization: {weights: int4, group_size: 64}", config).group_size == 64
 
 
+def test_plan_takes_groups_of_32_on_a_cpu_and_never_offers_them_for_tensorrt() -> None:
+    assert plan("device: cpu\nquantization: {weights: int4, group_size: 32}").group_size == 32
+    for backend in ("tensorrt_engine", "tensorrt_llmapi"):
+        asked = f"device: h100\nbackend: {backend}\nquantization: {{weights: int4, group_size: 32}}"
+        message, hint = refusal(asked)
+        assert "quantization.group_size 32: TensorRT-LLM" in message
+        assert "Use group_size: 128 or 64" in hint
+    narrow = replace(SMALL, intermediate_size=2048 + 32)
+    assert "group_size" not in refusal("device: l4\nquantization: {weights: int4}", narrow)[1]
+    assert refusal("device: cpu\nquantization: {weights: int4}", narrow)[1] == "Use group_size: 32"
+
+
 def test_plan_counts_groups_per_rank_where_the_input_is_split() -> None:
     # 13824 / 8 = 1728 = 13.5 groups of 128 (TensorRT-LLM quantization/layers.py)
     message, _ = refusal("device: a100\nquantization: {weights: int4}\nparallel: {tp: 8}")

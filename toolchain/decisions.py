@@ -316,17 +316,15 @@ def check_shapes(recipe: Recipe, config: LlamaConfig, group_size: int | None, ta
         return
     uneven = list(_uneven(config, group_size, tp))
     accepts = backends()[recipe.backend or target.backends[0]]
-    sizes = [size for size in accepts.group_sizes if size in WEIGHTS[recipe.quantization.weights].group_sizes]
-    finer = [size for size in sizes if not list(_uneven(config, size, tp))]
     if group_size not in accepts.group_sizes:
-        listed = " and ".join(map(str, accepts.group_sizes))
-        hint = (
-            f"Use group_size: {finer[0]}; weights that are in other groups already run with device: cpu"
-            if finer
-            else ""
+        listed = " or ".join(map(str, accepts.group_sizes))
+        notes.refuse(
+            f"quantization.group_size {group_size}: {accepts.title} computes groups of {listed} only",
+            f"Use group_size: {listed}; weights that are in other groups already run with device: cpu",
         )
-        notes.refuse(f"quantization.group_size {group_size}: {accepts.title} computes groups of {listed} only", hint)
     if uneven:
+        sizes = WEIGHTS[recipe.quantization.weights].group_sizes
+        finer = [size for size in sizes if size in accepts.group_sizes and not list(_uneven(config, size, tp))]
         hint = f"Use group_size: {finer[0]}" if finer else "Use weights: fp8, int8 or none, or another tp"
         notes.refuse(f"quantization.group_size {group_size} does not divide " + "; ".join(uneven), hint)
     odd = [linear for linear in LINEARS if linear_shape(config, linear)[0] % 2]
