@@ -16,6 +16,7 @@ from gguf import GGMLQuantizationType as Type
 from tests.backends.test_openvino import TOLERANCE, Stateful, logits_of, span, tokens
 from tests.conftest import SCALELLM
 from tests.quantizers.foreign import gguf_files
+from tests.quantizers.foreign import test_compressed_tensors as ct
 from tests.quantizers.foreign.adopted import assert_same, dequantized
 from tests.quantizers.foreign.folders import AWQ, GPTQ, awq, gptq, write
 from tests.quantizers.foreign.test_pickled import pickled
@@ -216,3 +217,11 @@ class TestBuild:
         told = scalellm("doctor", "--work", tmp_path / "work").stdout
         assert f"{made.folder / 'imported'}" in told.replace("\n", "")
         assert "this is a" not in told
+
+    def test_fp8_without_input_ranges_runs_on_a_cpu_and_is_refused_for_tensorrt(self, tmp_path):
+        pack, settings = ct.packed(ct.FP8, "float-quantized"), ct.settings(ct.FP8, "float-quantized", ct.DYNAMIC)
+        source = write(tmp_path / "x", pack, settings)
+        made = job(tmp_path, source.path, "{weights: fp8}")
+        assert [result.action for result in made.run("engine")] == ["made"] * 2
+        with pytest.raises(PlanError, match="without the ranges of their inputs"):
+            job(tmp_path, source.path, "{weights: fp8}", device="l4")

@@ -17,6 +17,7 @@ from toolchain import workspace
 from toolchain.checkpoint import SIDE_FILES
 from toolchain.errors import ArtifactError, PlanError
 from toolchain.progress import Progress
+from toolchain.quantization import WEIGHTS
 from toolchain.quantizers import foreign, layout, shards
 from toolchain.quantizers.foreign import Foreign
 from toolchain.quantizers.layout import Scheme
@@ -40,8 +41,12 @@ def spoken(scheme: Scheme | None) -> str:
     """What a recipe says of such weights: ``"quantization: {weights: int4, group_size: 32}"``."""
     if scheme is None:
         return "quantization: {weights: none}, or any other"
-    group = f", group_size: {scheme.group_size}" if scheme.group_size else ""
+    group = f", group_size: {scheme.group_size}" if _group(scheme) else ""
     return f"quantization: {{weights: {scheme.weights}{group}}}"
+
+
+def _group(scheme: Scheme) -> int | None:
+    return scheme.group_size if WEIGHTS[scheme.weights].group_sizes else None
 
 
 def check(path: Path, model: Foreign, *, weights: str, group_size: int | None, static_inputs: bool) -> None:
@@ -52,9 +57,9 @@ def check(path: Path, model: Foreign, *, weights: str, group_size: int | None, s
     scheme = model.scheme
     if scheme is None:
         return
-    if (weights, group_size) != (scheme.weights, scheme.group_size or None):
+    if (weights, group_size) != (scheme.weights, _group(scheme)):
         asked = weights + (f" in groups of {group_size}" if group_size else "")
-        has = scheme.weights + (f" in groups of {scheme.group_size}" if scheme.group_size else "")
+        has = scheme.weights + (f" in groups of {scheme.group_size}" if _group(scheme) else "")
         raise PlanError(
             f"{path}: its weights are {has} already and cannot become {asked}",
             hint=f"Write in the recipe: {spoken(scheme)}\nor start from the unquantized model: --model DIR",

@@ -22,7 +22,7 @@ from toolchain import family
 from toolchain.checkpoint import TensorInfo
 from toolchain.errors import PlanError
 from toolchain.quantizers import layout
-from toolchain.quantizers.foreign.folder import START_ANEW, Array, Folder
+from toolchain.quantizers.foreign.folder import KEPT_GROUPS, START_ANEW, Array, Folder
 from toolchain.quantizers.foreign.grouped import Codes, GroupedFolder, nibbles_of
 from toolchain.quantizers.layout import Scheme
 
@@ -179,7 +179,9 @@ class Float8(_WithCache):
         super().__init__(path, raw, tensors)
         inputs = _first_group(settings)[1]
         self.static = bool(inputs) and not inputs.get("dynamic")
-        self.scheme = Scheme("fp8", 0, "modelopt", _kv(path, settings), fp8_scales="separate", calibrated=self.static)
+        self.scheme = Scheme(
+            "fp8", KEPT_GROUPS[0], "modelopt", _kv(path, settings), fp8_scales="separate", calibrated=self.static
+        )
         _refuse_ignored(self, settings)
         self.check_names()
         for layer, linear in family.layer_linears(self.config):

@@ -23,7 +23,7 @@ FLOATS = ("F16", "BF16", "F32")
 START_ANEW = "Start from the unquantized model: scalellm quantize --recipe RECIPE --model DIR"
 DAMAGED = "Download or copy the model again."
 KEPT_GROUPS = (128, 64, 32)
-"""The group sizes that the carrier has, largest first."""
+"""The group sizes that the carrier has, largest first; the first one stands in schemes that have no groups."""
 
 _NUMPY = {
     "F16": "<f2",

@@ -38,7 +38,7 @@ class GroupedFolder(Folder):
         self.bits = bits
         self.group = group
         self.kept_group = self._kept_group()
-        self.scheme = Scheme("int4" if bits == 4 else "int8", self.kept_group or 0, "modelopt", "fp16")
+        self.scheme = Scheme("int4" if bits == 4 else "int8", self.kept_group or KEPT_GROUPS[0], "modelopt", "fp16")
 
     def codes(self, module: str, columns: slice) -> Codes:
         """The codes q of some input channels, whole groups of them: uint8 [in, out]."""

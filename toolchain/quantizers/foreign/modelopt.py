@@ -18,7 +18,7 @@ from toolchain import family
 from toolchain.checkpoint import TensorInfo, read_json
 from toolchain.errors import PlanError
 from toolchain.quantization import weights_of
-from toolchain.quantizers.foreign.folder import FLOATS, START_ANEW, Folder
+from toolchain.quantizers.foreign.folder import FLOATS, KEPT_GROUPS, START_ANEW, Folder
 from toolchain.quantizers.layout import HF_QUANT_CONFIG, Scheme
 from toolchain.quantizers.shards import Bytes, TensorPlan
 
@@ -102,7 +102,7 @@ class ModelOpt(Folder):
             smoothed = any(name.endswith(".pre_quant_scale") for name in self.tensors)
             self.scheme = Scheme(
                 scheme.name,
-                (found.get("group_size") or self._group()) if scheme.group_sizes else 0,
+                (found.get("group_size") or self._group()) if scheme.group_sizes else KEPT_GROUPS[0],
                 "modelopt",
                 "fp8" if found.get("kv_cache_quant_algo") == "FP8" else "fp16",
                 method="awq" if smoothed else "rtn",
