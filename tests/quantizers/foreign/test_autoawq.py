@@ -162,6 +162,9 @@ def test_a_folder_of_a_method_that_we_do_not_know_is_refused_by_its_name(tmp_pat
         foreign.open_foreign(source.path)
 
 
-def test_config_json_that_is_missing_is_named(tmp_path: Path):
+def test_a_folder_without_config_json_is_refused_and_one_that_is_not_there_is_an_error(tmp_path: Path):
+    found = foreign.identify(tmp_path)
+    assert found.use == "refused"
+    assert "config.json: no such file" in found.reason
     with pytest.raises(ArtifactError, match=r"config\.json: no such file"):
-        foreign.identify(tmp_path)
+        foreign.identify(tmp_path / "absent")

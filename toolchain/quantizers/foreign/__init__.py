@@ -87,7 +87,7 @@ class Foreign(Protocol):
 def identify(path: Path) -> Identity:
     """What a folder of a model, or a GGUF file, is. Reads configurations and headers, and a part of the zero points.
 
-    Raises ArtifactError where there is nothing that could be a model.
+    Raises ArtifactError where there is neither.
     """
     opener: _Opener | None = None
     found = Identity(path, "unknown", "not a model that scalellm reads")
