@@ -25,6 +25,7 @@ from toolchain.checkpoint import KV_RANGES, Checkpoint
 from toolchain.errors import ArtifactError, PlanError
 from toolchain.progress import Silent
 from toolchain.quantizers.layer import restore
+from toolchain.quantizers.place import ON_CPU, Place
 from toolchain.quantizers.samples import Samples
 from toolchain.stages.quantize import REPORT, quantize
 
@@ -45,7 +46,12 @@ WAYS = {
 
 
 def calibrate(
-    model: Path, target: Path, progress: Silent | None = None, samples: Samples | None = SAMPLES, **choices: Any
+    model: Path,
+    target: Path,
+    progress: Silent | None = None,
+    samples: Samples | None = SAMPLES,
+    place: Place = ON_CPU,
+    **choices: Any,
 ) -> Path:
     shards = choices.pop("max_shard_bytes", 2**30)
     digest = samples.digest if samples else None
@@ -56,6 +62,7 @@ def calibrate(
             progress=progress or Silent(),
             samples=samples,
             max_shard_bytes=shards,
+            place=place,
             **choices,
         )
         draft.commit(versions={}, recipe="")

@@ -72,11 +72,12 @@ class Need:
 def need(work: Work, chunk_tokens: int, base: int | None = None) -> Need:
     """What ``work`` takes with ``chunk_tokens`` tokens at once; ``base``: what the process holds before it begins."""
     computing = max(_phases(work, chunk_tokens))
-    host = (base or _IMPORTED) + _LIBRARIES + _WAITING * max(_largest_result(work), _PIECE)
+    host = (base or _IMPORTED) + _WAITING * max(_largest_result(work), _PIECE)
     chunk = 3 * chunk_tokens * work.config.hidden_size * work.element if work.rows else 0
     if work.on_gpu:
-        return Need(host + chunk, computing + _DEVICE_SCRATCH + _LIBRARIES + _largest_result(work))
-    return Need(host + computing + work.threads * _THREAD, 0)
+        return Need(host + chunk + _LIBRARIES, computing + _DEVICE_SCRATCH + _LIBRARIES + _largest_result(work))
+    products = _LIBRARIES if work.rows else 0  # plain rounding has none
+    return Need(host + computing + products + work.threads * _THREAD, 0)
 
 
 def choose_chunk(

@@ -16,7 +16,8 @@ from typing import Self, TypeVar
 
 import torch
 
-_BLOCK_ELEMENTS = {"cpu": 384 * 1024, "cuda": 2**24}
+_CPU_BLOCK, _GPU_BLOCK = 384 * 1024, 2**24
+"""Elements: what stays in a core's cache; what fills a GPU."""
 _MOST_THREADS = 16
 
 T = TypeVar("T")
@@ -75,7 +76,8 @@ class Workers:
         Raises what the first failing block raised; blocks behind it may not be computed then.
         """
         rows, columns = matrix.shape
-        step = max(2, _BLOCK_ELEMENTS[matrix.device.type] // columns & ~1)
+        on_cpu = matrix.device.type == "cpu"
+        step = max(2, (_CPU_BLOCK if on_cpu else _GPU_BLOCK) // columns & ~1)
         blocks = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-        over = self._pool.map if matrix.device.type == "cpu" else map
+        over = self._pool.map if on_cpu else map
         return list(over(lambda block: work(block, self._scratch), blocks))
