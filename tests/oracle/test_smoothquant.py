@@ -69,7 +69,7 @@ def test_codes_differ_by_modelopts_roundings_alone(theirs: Path, ours: Ours) -> 
 
 
 def test_input_scales_fit_the_stored_pre_quant_scales(theirs: Path, ours: Ours) -> None:
-    """ModelOpt's are those of each matrix's own scale, in the model's dtype: equal where there is one matrix."""
+    """ModelOpt's are those of each matrix's own scale, rounded: equal where there is one matrix."""
     found, expected = tensors_of(ours(**SQ)), tensors_of(theirs / "int8-sq")
     dtype = found["model.norm.weight"].dtype
     seen = hooked(load(theirs / "hf", dtype), load_file(theirs / "ids.safetensors")["ids"])
