@@ -6,7 +6,7 @@
 Shapes: one decoder layer of Llama-2-13B, and a whole model of TinyLlama's shape (1.1B), random weights in bfloat16 with
 outlier channels, 1024 calibration tokens as one batch. Each step is a process of its own, from a folder to a finished
 folder, ours and ModelOpt's in turn; medians over --repeat. Memory is that of the process: RssAnon is what the system
-cannot drop (sampled every 20 ms), RSS counts mapped files too. The model's files are in the page cache for both. Errors
+cannot drop (sampled every 50 ms), RSS counts mapped files too. The model's files are in the page cache for both. Errors
 are relative, in float32, on tokens that nothing was calibrated on. It measures; it judges nothing.
 """
 
@@ -30,7 +30,7 @@ STEP = HERE / "bench_one_quantizer.py"
 SHAPES = ("layer-13b", "1b", "tiny")
 RUNS = ("fp8-pack", "fp8", "awq", "awq-amax")
 ROOM_BYTES = {"layer-13b": 3 * 10**9, "1b": 8 * 10**9, "tiny": 10**8}
-POLL_S = 0.02
+POLL_S = 0.05
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -177,39 +177,48 @@ def pack_modelopt(model: Path) -> dict[str, Any]:
 
 
 def errors(model: Path, out: Path) -> dict[str, Any]:
-    """One decoder layer after the other, so that a model in float32 need not fit into memory."""
-    ids = ids_of(model, "held_out")
-    (exact_hidden, exact), (hidden, found) = outputs(model, ids), outputs(out, ids)
-    relative = {"layer_error": (hidden, exact_hidden), "logit_error": (found, exact)}
-    return {name: float((one - other).norm() / other.norm()) for name, (one, other) in relative.items()}
+    """In float32, one decoder layer after the other, so that a whole model in float32 need not fit into memory.
 
-
-def outputs(folder: Path, ids: Any) -> tuple[Any, Any]:
-    """What the last layer adds to the hidden states, and the logits, with the weights that the folder stands for."""
-    from toolchain import family
+    layer_error: what a layer adds to the hidden states of the unquantized model, root mean square over the layers.
+    logit_error: of the quantized model by itself. Random models amplify every difference on the way, so this scatters.
+    """
     from toolchain.checkpoint import Checkpoint
     from toolchain.quantizers import forward
-    from toolchain.quantizers.layer import restore
     from toolchain.quantizers.source import Source
 
-    checkpoint = Checkpoint.open(folder)
-    source, config = Source(checkpoint), checkpoint.config
-    hidden = forward.embed(source.weight("model.embed_tokens.weight"), ids).float()
-    before = hidden
+    exact, made = Source(Checkpoint.open(model)), Source(Checkpoint.open(out))
+    config = exact.checkpoint.config
+
+    def through(layer: int, source: Source, hidden: Any) -> Any:
+        return forward.decoder_layer(hidden, layer_weights(source, layer), config, lambda _name, _x: None)
+
+    def head(source: Source, hidden: Any) -> Any:
+        scaled = hidden * (hidden.square().mean(-1, keepdim=True) + config.rms_norm_eps).rsqrt()
+        return scaled * source.weight("model.norm.weight").float() @ source.weight("lm_head.weight").float().T
+
+    hidden = forward.embed(exact.weight("model.embed_tokens.weight"), ids_of(model, "held_out")).float()
+    alone, squares = hidden, []
     for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}."
-        weights = {f"{norm}.weight": source.weight(f"{prefix}{norm}.weight").float() for norm in family.NORMS}
-        for linear in family.LINEARS:
-            suffixes = ("weight", "weight_scale", "pre_quant_scale")
-            names = {suffix: f"{prefix}{linear}.{suffix}" for suffix in suffixes}
-            stored = {one: source.weight(name) for one, name in names.items() if name in checkpoint.tensors}
-            weights[f"{linear}.weight"] = restore(stored)
-        before = hidden
-        hidden = forward.decoder_layer(hidden, weights, config, lambda _name, _x: None)
-    scaled = hidden * (hidden.square().mean(-1, keepdim=True) + config.rms_norm_eps).rsqrt()
-    logits = scaled * source.weight("model.norm.weight").float() @ source.weight("lm_head.weight").float().T
-    assert math.isfinite(float(logits.sum()))
-    return hidden - before, logits
+        right, wrong = through(layer, exact, hidden), through(layer, made, hidden)
+        squares.append(float((wrong - right).square().sum() / (right - hidden).square().sum()))
+        hidden, alone = right, wrong if layer == 0 else through(layer, made, alone)
+    expected, found = head(exact, hidden), head(made, alone)
+    logit_error = float((found - expected).norm() / expected.norm())
+    return {"layer_error": math.sqrt(math.fsum(squares) / len(squares)), "logit_error": logit_error}
+
+
+def layer_weights(source: Any, layer: int) -> dict[str, Any]:
+    """By name within the layer, float32, as the stored tensors stand for them."""
+    from toolchain import family
+    from toolchain.quantizers.layer import restore
+
+    prefix = f"model.layers.{layer}."
+    weights = {f"{norm}.weight": source.weight(f"{prefix}{norm}.weight").float() for norm in family.NORMS}
+    for linear in family.LINEARS:
+        names = {one: f"{prefix}{linear}.{one}" for one in ("weight", "weight_scale", "pre_quant_scale")}
+        stored = {one: source.weight(name) for one, name in names.items() if name in source.checkpoint.tensors}
+        weights[f"{linear}.weight"] = restore(stored)
+    return weights
 
 
 def main(argv: list[str]) -> None:
