@@ -212,3 +212,24 @@ def test_no_paragraph_that_is_measured_on_was_trained_on(scripts_on_path: None, 
     (tmp_path / "held_out.json").write_text(json.dumps(held[1:]))
     with pytest.raises(SystemExit, match="train it again"):
         text.untrained_documents(tmp_path)
+
+
+def test_planted_outliers_change_the_inputs_of_the_matrices_and_not_the_logits(reference: Any, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    plant = importlib.import_module("plant_outliers")
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=1, **sizes))
+    model.half().save_pretrained(tmp_path / "plain")
+    assert plant.main([str(tmp_path / "plain"), str(tmp_path / "planted"), "--channels", "3", "--factor", "8"]) == 0
+    ids, seen, logits = torch.arange(30)[None], {}, {}
+    for name in ("plain", "planted"):
+        llama = reference.load(tmp_path / name)
+        keep = seen.setdefault(name, [])
+        llama.model.layers[1].mlp.up_proj.register_forward_pre_hook(lambda _m, args, keep=keep: keep.append(args[0]))
+        with torch.inference_mode():
+            logits[name] = llama(ids).logits
+    torch.testing.assert_close(logits["planted"], logits["plain"], rtol=1e-4, atol=1e-5)
+    ratio = (seen["planted"][0].abs().amax((0, 1)) / seen["plain"][0].abs().amax((0, 1))).round()
+    assert sorted(ratio.tolist()) == [1.0] * 61 + [8.0] * 3
