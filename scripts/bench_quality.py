@@ -251,14 +251,15 @@ def table(measured: dict[str, Any]) -> list[str]:
             nats, error = measured["unquantized"][part]
             more = one["means"][f"{part} nats"]
             perplexity = math.exp(nats + more[0])
-            cells += [f"{perplexity:.2f} ± {perplexity * error:.2f}", figure(more)]
-            cells.append(figure(one["means"][f"{part} divergence"]))
+            cells.append(f"{perplexity:.2f} ± {perplexity * error:.2f}")
+            cells += [figure(one["means"][kind], kind) for kind in (f"{part} nats", f"{part} divergence")]
         lines.append(f"| {one['scheme']} | {one['kv']} | {' | '.join(cells)} |")
     return lines
 
 
-def figure(mean: Sequence[float]) -> str:
-    return f"{mean[0]:+.4f} ± {mean[1]:.4f}"
+def figure(mean: Sequence[float], kind: str) -> str:
+    digits = 5 if kind.endswith("divergence") else 4
+    return f"{mean[0]:+.{digits}f} ± {mean[1]:.{digits}f}"
 
 
 def pooled(measured: Sequence[dict[str, Any]]) -> list[str]:
@@ -272,7 +273,7 @@ def pooled(measured: Sequence[dict[str, Any]]) -> list[str]:
             runs = [one["comparisons"][place]["means"][kind] for one in measured]
             mean = mean_and_error([run[0] for run in runs], [1] * len(runs)) if len(runs) > 1 else runs[0]
             lower = f" ({sum(run[0] < 0 for run in runs)}/{len(runs)})" if len(runs) > 1 else ""
-            cells.append(figure(mean) + lower)
+            cells.append(figure(mean, kind) + lower)
         lines.append(f"| {pair['this']} | {pair['against']} | {' | '.join(cells)} |")
     return lines
 
