@@ -131,7 +131,7 @@ class Gguf:
     def check(self, advance: Callable[[int], None]) -> None:
         """Every scale of Q4_0 must be a number."""
         for name, tensor in self.tensors.items():
-            if tensor.tensor_type.name == "Q4_0" and not np.isfinite(_q4_0(tensor.data)[0]).all():
+            if tensor.tensor_type.name == "Q4_0" and not np.isfinite(_scales(tensor.data)).all():
                 raise self._not_finite(name)
             advance(int(tensor.n_bytes))
 
@@ -142,9 +142,9 @@ class Gguf:
         rows = self._rows(module, self.tensors[name].data)
         if plan.dtype == "U8":
             for start in range(0, len(rows), _BLOCK_ROWS):
-                yield _pack(_q4_0(rows[start : start + _BLOCK_ROWS])[1]).reshape(-1)
+                yield _pack(_codes(rows[start : start + _BLOCK_ROWS])).reshape(-1)
         elif suffix == "weight_scale":
-            yield np.ascontiguousarray(_q4_0(rows)[0], np.float32).reshape(-1).view(np.uint8)
+            yield np.ascontiguousarray(_scales(rows), np.float32).reshape(-1).view(np.uint8)
         else:
             for start in range(0, len(rows), _BLOCK_ROWS):
                 yield self._floats(name, rows[start : start + _BLOCK_ROWS], plan.dtype)
@@ -205,12 +205,13 @@ def matrix_types(opened: metadata.Opened) -> dict[str, list[str]]:
 
 def _notes(opened: metadata.Opened, kinds: set[str]) -> tuple[str, ...]:
     """What importing rounds."""
-    outer = [f"{name} ({opened.tensors[name].tensor_type.name})" for name in _OUTER.values() if name in opened.tensors]
+    outer = ("token_embd.weight", "output.weight")
+    told = [f"{name} ({opened.tensors[name].tensor_type.name})" for name in outer if name in opened.tensors]
     found = []
     if "Q8_0" in kinds:
         found.append("Q8_0 numbers have up to 18 significant bits: float16 rounds them by at most 2^-11 of their size")
     if kinds not in ({"F32"}, {"BF16"}):
-        found.append(f"float16 afterwards: {', '.join(outer)} and the norms")
+        found.append(f"float16 afterwards: {', '.join(told)} and the norms")
     return tuple(found)
 
 
@@ -223,12 +224,19 @@ def row_order(rows: int, heads: int) -> npt.NDArray[np.int64]:
     return np.arange(rows).reshape(heads, half, 2).swapaxes(1, 2).reshape(-1)
 
 
-def _q4_0(rows: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.uint8]]:
-    """Q4_0 rows uint8 [n, in/32 * 18] -> scales float16 [n, in/32] and codes 0..15 uint8 [n, in]."""
-    blocks = rows.reshape(len(rows), -1, 18)
-    scales = np.ascontiguousarray(blocks[:, :, :2]).view("<f2")[:, :, 0]
-    nibbles = blocks[:, :, 2:]
-    return scales, np.concatenate((nibbles & 15, nibbles >> 4), axis=2).reshape(len(rows), -1)
+def _scales(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.float16]:
+    """Q4_0 rows uint8 [n, in/32 * 18] -> the scale of each block, float16 [n, in/32]."""
+    found: npt.NDArray[np.float16] = np.ascontiguousarray(rows.reshape(len(rows), -1, 18)[:, :, :2]).view("<f2")[
+        :, :, 0
+    ]
+    return found
+
+
+def _codes(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Q4_0 rows uint8 [n, in/32 * 18] -> codes 0..15, uint8 [n, in]."""
+    nibbles = rows.reshape(len(rows), -1, 18)[:, :, 2:]
+    found: npt.NDArray[np.uint8] = np.concatenate((nibbles & 15, nibbles >> 4), axis=2).reshape(len(rows), -1)
+    return found
 
 
 def _pack(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
