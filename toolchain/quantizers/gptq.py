@@ -47,7 +47,8 @@ def factor(hessian: torch.Tensor, damp: float = DAMP) -> Factor:
     such a matrix takes no more than 1 GiB, then ten times the damping, up to the whole mean of the diagonal. Raises
     NotFiniteError for NaN or infinity in ``hessian``, or where it is no Gram matrix at all.
     """
-    if not torch.isfinite(hessian.sum(dtype=torch.float64)):
+    low, high = torch.aminmax(hessian)  # keeps NaN, and takes no copy as a sum in float64 would
+    if not torch.isfinite(high - low):
         raise NotFiniteError
     flipped = _reverse_(hessian.contiguous())  # H = R R^T is, both axes reversed, Cholesky's L L^T
     diagonal = flipped.diagonal().double()
