@@ -1,7 +1,7 @@
 """How much memory quantizing a model takes at its peak, and how many tokens may go through a layer at once for that.
 
 An upper bound from the model's shape, the scheme and the calibration rows; measured peaks lie between two thirds of it
-and all of it (``scripts/check_memory.py``). Mapped pages of the model's files and the page cache are not counted: the
+and all of it (``tests/quantizers/test_budget.py``). Mapped pages of the model's files and the page cache are not counted: the
 system takes them back. Pure arithmetic: it allocates nothing and imports no torch.
 """
 
