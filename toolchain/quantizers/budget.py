@@ -1,8 +1,8 @@
 """How much memory quantizing a model takes at its peak, and how many tokens may go through a layer at once for that.
 
-An upper bound from the model's shape, the scheme and the calibration rows; measured peaks lie between two thirds of it
-and all of it (``tests/quantizers/test_budget.py``). Mapped pages of the model's files and the page cache are not counted: the
-system takes them back. Pure arithmetic: it allocates nothing and imports no torch.
+An upper bound from the model's shape, the scheme and the calibration rows; the tests hold it against the kernel's
+figures. Mapped pages of the model's files and the page cache are not counted: the system takes them back. Pure
+arithmetic: it allocates nothing and imports no torch.
 """
 
 from __future__ import annotations
