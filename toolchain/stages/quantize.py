@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from toolchain.quantizers.calibration import Calibration
     from toolchain.quantizers.samples import Samples
 
-VERSION = "1"
+VERSION = "2"
 """Raised when the same model and scheme would give other bits."""
 
 REPORT = "quantization_report.json"
