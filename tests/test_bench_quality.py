@@ -233,3 +233,20 @@ def test_planted_outliers_change_the_inputs_of_the_matrices_and_not_the_logits(r
     torch.testing.assert_close(logits["planted"], logits["plain"], rtol=1e-4, atol=1e-5)
     ratio = (seen["planted"][0].abs().amax((0, 1)) / seen["plain"][0].abs().amax((0, 1))).round()
     assert sorted(ratio.tolist()) == [1.0] * 61 + [8.0] * 3
+
+
+def test_a_whole_run_says_what_every_format_costs(bench: Any, random_llama: Any, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"Paragraph {number} speaks of {number * 7} things." * 3 for number in range(40)))
+    schemes = "fp16,fp8,int8,int8_sq,int4_fp8,int4-rtn-mse,int4-awq-mse,int4-gptq-mse:quantized"
+    options = ["--samples", "2", "--tokens", "64", "--kv", "fp16,int8", "--schemes", schemes, "--text", str(text)]
+    folders = ["--model", str(random_llama()), "--work", str(tmp_path / "work"), "--json", str(tmp_path / "out.json")]
+    assert bench.main([*folders, *options]) == 0
+    (run,) = json.loads((tmp_path / "out.json").read_text())["runs"]
+    cost = {name: one["means"]["text divergence"][0] for name, one in run["results"].items()}
+    assert cost["fp16, fp16"] == 0
+    assert 0 < cost["int8, fp16"] < cost["fp8, fp16"] < cost["int4-rtn-mse, fp16"]
+    assert 0 < cost["int8_sq, fp16"] < cost["int4_fp8, fp16"]
+    assert all(cost[f"{name}, int8"] > 0 for name in schemes.split(","))
+    assert {"this", "against", "means"} <= run["comparisons"][0].keys()
+    assert len(run["results"]["fp8, int8"]["nats"]) == run["parts"]["text"]["sequences"] > 1
