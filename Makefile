@@ -24,7 +24,7 @@ $(VENV)/.cpu: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.cpu
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,quantize,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,quantize,import,dev]'
 	@touch $@
 
 demo: $(VENV)/.cpu  ## set everything up and run the main job on a small Llama: build, real Triton, answers
