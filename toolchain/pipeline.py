@@ -28,6 +28,7 @@ from toolchain.progress import Progress
 from toolchain.quantizers import conversations, foreign, report_html, samples
 from toolchain.quantizers.foreign import Foreign
 from toolchain.quantizers.place import ON_CPU, Place
+from toolchain.quantizers.report import REPORT
 from toolchain.recipe import Recipe
 from toolchain.stages import adopt as adopt_stage
 from toolchain.stages import build as build_stage
@@ -157,7 +158,7 @@ class Job:
             samples=self._samples if calibrated else None,
             place=self.place,
         )
-        report = draft.path / quantize_stage.REPORT
+        report = draft.path / REPORT
         if calibrated and report.is_file():
             page = report_html.render(json.loads(report.read_text(encoding="utf-8")), title=self.recipe.name)
             workspace.write_durably(draft.path / report_html.FILE, page.encode())

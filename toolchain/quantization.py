@@ -43,6 +43,11 @@ class WeightScheme:
             return (groups + bool(self.activations)) * 4
         return {"": 0, "matrix": 1, "row": out_features}[self.scale] * 4
 
+    def in_recipe(self, group_size: int) -> str:
+        """What a recipe says of such weights: ``"quantization: {weights: int4, group_size: 64}"``."""
+        group = f", group_size: {group_size}" if self.group_sizes else ""
+        return f"quantization: {{weights: {self.name}{group}}}"
+
 
 @dataclass(frozen=True)
 class KvScheme:

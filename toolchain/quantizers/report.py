@@ -14,6 +14,7 @@ from toolchain.quantizers.layout import Scheme
 if TYPE_CHECKING:
     from toolchain.quantizers.samples import Samples
 
+REPORT = "quantization_report.json"
 _WORST = 10
 
 

@@ -7,9 +7,6 @@ matrix, and a restart continues at the layer in hand. It knows no format (``quan
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +15,13 @@ from toolchain.checkpoint import SIDE_FILES
 from toolchain.errors import ArtifactError, PlanError
 from toolchain.progress import Progress
 from toolchain.quantization import WEIGHTS
-from toolchain.quantizers import foreign, layout, shards
+from toolchain.quantizers import documents, foreign, layout, shards
 from toolchain.quantizers.foreign import Foreign
 from toolchain.quantizers.layout import Scheme
 from toolchain.quantizers.shards import ShardWriter, Unit
-from toolchain.units import GIB, format_bytes
+from toolchain.units import GIB
 
 MAX_SHARD_BYTES = 4 * GIB
-_ROOM_FOR_DOCUMENTS = 16 * 2**20
 
 
 def inputs(model: Foreign, tokenizer: Path | None = None) -> dict[str, Any]:
@@ -41,8 +37,7 @@ def spoken(scheme: Scheme | None) -> str:
     """What a recipe says of such weights: ``"quantization: {weights: int4, group_size: 32}"``."""
     if scheme is None:
         return "quantization: {weights: none}, or any other"
-    group = f", group_size: {scheme.group_size}" if _group(scheme) else ""
-    return f"quantization: {{weights: {scheme.weights}{group}}}"
+    return WEIGHTS[scheme.weights].in_recipe(scheme.group_size)
 
 
 def _group(scheme: Scheme) -> int | None:
@@ -94,14 +89,16 @@ def adopt(
     with ShardWriter(draft.path, plan, draft.journal(), draft.record) as writer:
         if writer.finished:
             progress.note(f"import: resumed at {writer.units_left[0].name if writer.units_left else 'its end'}")
-        _check_room(draft, sum(unit.nbytes for unit in writer.units_left))
+        documents.check_room(draft, sum(unit.nbytes for unit in writer.units_left))
         _write(model, units, writer, progress)
     for file, digest in writer.hashes.items():
         draft.known_hash(file, digest)
-    if len(plan) > 1:
-        document = shards.index_document({shard.file: shard.tensor_bytes for shard in plan})
-        workspace.write_durably(draft.path / shards.INDEX, document.encode())
-    _write_documents(model, draft)
+    documents.write_index(draft, {shard.file: shard.tensor_bytes for shard in plan})
+    if model.scheme is None:
+        documents.write_json(draft, "config.json", model.document)
+    else:
+        quantized = layout.hf_quant_config(model.scheme)
+        documents.write_config(draft, model.document, quantized, static_inputs=model.scheme.calibrated)
     for name, content in sides.items():
         workspace.write_durably(draft.path / name, content)
 
@@ -124,25 +121,3 @@ def _write(model: Foreign, units: list[Unit], writer: ShardWriter, progress: Pro
                     writer.put(tensor.name, piece)
                     task.advance(piece.nbytes)
             writer.end_unit()
-
-
-def _write_documents(model: Foreign, draft: workspace.Draft) -> None:
-    config = model.document
-    if model.scheme is not None:
-        document = layout.hf_quant_config(model.scheme)
-        config["quantization_config"] = layout.quantization_config(document, static_inputs=model.scheme.calibrated)
-        workspace.write_durably(draft.path / layout.HF_QUANT_CONFIG, _json(document))
-    workspace.write_durably(draft.path / "config.json", _json(config))
-
-
-def _json(document: Mapping[str, Any]) -> bytes:
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _check_room(draft: workspace.Draft, needed: int) -> None:
-    free = shutil.disk_usage(draft.path).free
-    if free < needed + _ROOM_FOR_DOCUMENTS:
-        raise ArtifactError(
-            f"{draft.path}: {format_bytes(needed)} are to be written here and {format_bytes(free)} are free",
-            hint="Make room and run the same command again: finished work is kept.",
-        )

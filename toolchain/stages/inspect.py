@@ -13,6 +13,7 @@ from toolchain import family, workspace
 from toolchain.checkpoint import KV_RANGES, read_headers, read_json
 from toolchain.errors import ArtifactError, PlanError
 from toolchain.family import LlamaConfig
+from toolchain.quantization import WEIGHTS
 from toolchain.quantizers import foreign
 from toolchain.quantizers.foreign import Identity
 
@@ -99,8 +100,7 @@ def _next(identity: Identity, stage: str) -> str:
     build = f"scalellm build --recipe RECIPE --model {identity.path}"
     recipe = ""
     if identity.weights not in (None, "none"):
-        group = f", group_size: {identity.group_size}" if identity.group_size else ""
-        recipe = f"   # the recipe says quantization: {{weights: {identity.weights}{group}}}"
+        recipe = f"   # the recipe says {WEIGHTS[identity.weights].in_recipe(identity.group_size or 128)}"
     if identity.use == "direct":
         return build + recipe
     return f"{build}{recipe}\nor once for all: scalellm import {identity.path} OUT"
