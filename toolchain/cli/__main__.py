@@ -1,0 +1,5 @@
+"""``python -m toolchain.cli`` is ``scalellm``."""
+
+from toolchain.cli import main
+
+main()

@@ -1,0 +1,142 @@
+"""The verbs that plan and make: plan, quantize, build, package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from toolchain.cli.flags import common, open_job, open_screen, place_flags, recipe_flags, stage_flags
+
+if TYPE_CHECKING:
+    from toolchain.console import Screen
+    from toolchain.pipeline import Job, Result, State
+
+
+@click.command()
+@recipe_flags
+@common
+def plan(recipe: str, model: str | None, work: Path, json_output: bool, verbose: int) -> None:
+    """Say what will be done and why, and whether it fits. Needs no GPU and makes nothing.
+
+    \b
+    Example:
+      scalellm plan --recipe t4
+    """
+    screen = open_screen(json_output, verbose)
+    job = open_job(screen, recipe, model, work)
+    screen.emit(job.plan.to_json())
+    screen.plan(job.plan, job.source)
+
+
+@click.command()
+@stage_flags
+@place_flags
+def quantize(**flags: Any) -> None:
+    """Quantize the model, a layer at a time, into the unified Hugging Face layout.
+
+    Interrupted work continues at the layer in hand.
+
+    \b
+    Examples:
+      scalellm quantize --recipe rtx4090 --model ./Llama-2-13b-chat-hf
+      scalellm quantize --recipe rtx4090 --max-ram 4GiB --device cpu
+    """
+    _run("checkpoint", **flags)
+
+
+@click.command()
+@stage_flags
+@place_flags
+def build(**flags: Any) -> None:
+    """Plan, quantize, build the engine and emit the Triton model repository; skip what is fresh.
+
+    \b
+    Examples:
+      scalellm build --recipe rtx4090.yaml --model ./Llama-2-13b-chat-hf
+      scalellm build --recipe tiny --explain
+    """
+    _run("repository", **flags)
+
+
+@click.command()
+@stage_flags
+def package(recipe: str, model: str | None, work: Path, explain: bool, json_output: bool, verbose: int) -> None:
+    """Emit the Triton model repository of a finished engine. Refuses where the engine is missing or stale.
+
+    \b
+    Example:
+      scalellm package --recipe tiny
+    """
+    screen = open_screen(json_output, verbose)
+    job = open_job(screen, recipe, model, work)
+    engine = next(state for state in job.states() if state.name == "engine")
+    if not engine.fresh and not explain:
+        from toolchain.errors import ArtifactError
+
+        raise ArtifactError(
+            f"{engine.folder}: the engine is not up to date: {'; '.join(engine.reasons)}",
+            hint=f"scalellm build --recipe {recipe}",
+        )
+    _run_job(screen, job, "repository", explain)
+
+
+def _run(
+    until: str,
+    recipe: str,
+    model: str | None,
+    work: Path,
+    explain: bool,
+    json_output: bool,
+    verbose: int,
+    **place: Any,
+) -> None:
+    screen = open_screen(json_output, verbose)
+    _run_job(screen, open_job(screen, recipe, model, work, **place), until, explain)
+
+
+def _run_job(screen: Screen, job: Job, until: str, explain: bool) -> None:
+    """Make what is stale up to ``until``, or with ``explain`` only say what that would be."""
+    from toolchain.pipeline import NAMES
+
+    if explain:
+        states = [state for state in job.states() if NAMES.index(state.name) <= NAMES.index(until)]
+        screen.emit([{**vars(state), "stage": state.stage} for state in states])
+        for state in states:
+            screen.say(_explain(state))
+        return
+    for warning in job.plan.warnings:
+        screen.note(f"note: {warning}")
+    for decision in job.plan.decisions:
+        screen.detail(f"plan: {decision.name} = {decision.value}: {decision.reason}")
+    results = job.run(until, on_result=lambda result: screen.say(_report(result)))
+    screen.emit(
+        {
+            "recipe": job.recipe.name,
+            "artifacts": {
+                r.state.name: {"folder": r.state.folder, "action": r.action, "seconds": r.seconds, "key": r.key}
+                for r in results
+            },
+        }
+    )
+    if all(result.action == "kept" for result in results):
+        screen.say("Nothing to do: everything is up to date.")
+    if until == "repository":
+        screen.say(f"Next: scalellm serve --recipe {job.spoken} --work {job.work}")
+
+
+def _explain(state: State) -> str:
+    if state.fresh:
+        return f"{state.stage}: up to date ({state.folder})"
+    verb = "to do" if state.reasons == ("there is none yet",) else "again"
+    return f"{state.stage}: {verb}, {'; '.join(state.reasons)}"
+
+
+def _report(result: Result) -> str:
+    from toolchain.units import format_seconds
+
+    if result.action == "kept":
+        return f"{result.state.name}: up to date, kept ({result.state.folder})"
+    why = "" if result.state.reasons == ("there is none yet",) else f" because {'; '.join(result.state.reasons)}"
+    return f"{result.state.name}: made in {format_seconds(result.seconds)}{why} ({result.state.folder})"
