@@ -17,7 +17,7 @@ from toolchain.errors import ArtifactError
 from toolchain.quantizers import layout, shards
 from toolchain.units import format_bytes
 
-_ROOM_BYTES = 16 * 2**20  # documents, tokenizers, reports
+_ROOM_BYTES = 2**20  # documents and reports
 
 
 def write_json(draft: workspace.Draft, name: str, document: Mapping[str, Any]) -> None:

@@ -89,7 +89,8 @@ def adopt(
     with ShardWriter(draft.path, plan, draft.journal(), draft.record) as writer:
         if writer.finished:
             progress.note(f"import: resumed at {writer.units_left[0].name if writer.units_left else 'its end'}")
-        documents.check_room(draft, sum(unit.nbytes for unit in writer.units_left))
+        needed = sum(unit.nbytes for unit in writer.units_left)
+        documents.check_room(draft, needed + sum(len(content) for content in sides.values()))
         _write(model, units, writer, progress)
     for file, digest in writer.hashes.items():
         draft.known_hash(file, digest)
