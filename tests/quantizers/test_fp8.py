@@ -71,6 +71,15 @@ def test_reported_error_is_that_of_the_stored_bytes(workers: Workers) -> None:
     assert made.error.relative == pytest.approx(float(wrong.norm() / weight.double().norm()), rel=1e-4)
 
 
+def test_the_error_of_a_large_matrix_is_that_of_a_sample(workers: Workers) -> None:
+    weight = torch.randn(4096, 2048, generator=torch.Generator().manual_seed(5)).bfloat16()
+    scale = fp8.scale_of([fp8.amax(weight, workers)])
+    made = fp8.cast(weight, scale, workers)
+    wrong = made.code.float() * scale - weight.float()
+    assert 0 < made.error.squared_norm < 0.5 * float(weight.float().square().sum())
+    assert made.error.relative == pytest.approx(float(wrong.norm() / weight.float().norm()), rel=0.02)
+
+
 def test_decoding_through_float16_is_exact_for_every_finite_code() -> None:
     codes = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
     decoded = fp8._decode(codes.view(torch.float8_e4m3fn), Scratch(), torch.empty(len(codes)))

@@ -25,7 +25,7 @@ DAMP = 0.01
 _MOST_DAMP = 1.0
 _KEPT_ROWS = 512
 _REVERSED_AT_ONCE = 2**20
-_COLUMNS_IN_FLIGHT = 384  # gives row blocks of 1024 on a CPU: enough for the matrix products, 20 MB at 5120 columns
+_COLUMNS_IN_FLIGHT = 768  # gives row blocks of 1024 on a CPU: enough for the matrix products, 20 MB at 5120 columns
 _STEPS = {"modelopt": int4._amax_over_seven, "mse": int4._least_squares}
 
 

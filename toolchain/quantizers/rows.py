@@ -16,7 +16,7 @@ from typing import Self, TypeVar
 
 import torch
 
-_CPU_BLOCK, _GPU_BLOCK = 384 * 1024, 2**24
+_CPU_BLOCK, _GPU_BLOCK = 768 * 1024, 2**24
 """Elements: what stays in a core's cache; what fills a GPU."""
 _MOST_THREADS = 16
 
