@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from toolchain.quantizers.calibration import Calibration
     from toolchain.quantizers.samples import Samples
 
-VERSION = "3"
+VERSION = "2"
 """Raised when the same model and scheme would give other bits."""
 
 MAX_SHARD_BYTES = 4 * GIB
