@@ -125,12 +125,68 @@ def test_without_fused_attention_a_step_holds_the_longest_prompt() -> None:
     assert made.limits.max_num_tokens == 1024
 
 
-def test_plan_serves_an_rtx_5090_with_llmapi_and_refuses_an_engine() -> None:
+def test_plan_serves_an_rtx_5090_with_llmapi_and_builds_an_engine_where_that_is_asked_for() -> None:
     made = plan("device: RTX 5090\nquantization: {weights: fp8}")
-    assert made.backend == "tensorrt_llmapi"
-    message, hint = refusal("device: rtx5090\nbackend: tensorrt_engine\nquantization: {weights: fp8}")
-    assert "tensorrt_engine does not run on the RTX 5090" in message
+    assert (made.backend, made.release and made.release.version) == ("tensorrt_llmapi", "1.2.1")
+    reason = next(decision.reason for decision in made.decisions if decision.name == "backend")
+    assert "goes on after 1.2.1" in reason
+    engine = plan("device: rtx5090\nbackend: tensorrt_engine\nquantization: {weights: fp8}")
+    assert (engine.backend, engine.release and engine.release.version) == ("tensorrt_engine", "1.2.1")
+
+
+@pytest.mark.parametrize("backend", ["tensorrt_engine", "tensorrt_llmapi"])
+def test_plan_refuses_int4_on_an_rtx_5090_with_either_backend(backend: str) -> None:
+    message, hint = refusal(f"device: rtx5090\nbackend: {backend}\nquantization: {{weights: int4}}")
+    assert "the RTX 5090 (SM 12.0) has no int4 kernels" in message
+    assert "weights: fp8" in hint
+
+
+def test_plan_refuses_a_release_that_does_not_list_the_quantization_on_the_sm() -> None:
+    text = "device: rtx5090\nbackend: tensorrt_engine\nquantization: {weights: %s}\ntensorrt_llm: 0.19.0"
+    message, hint = refusal(text % "int8")
+    assert "0.19.0 does not list int8 on SM 120" in message
+    assert "1.0.0, 1.0.3.2510, 1.1.0, 1.2.0, 1.2.1" in hint
+    made = plan(text % "fp8")
+    assert made.release is not None
+    assert made.release.version == "0.19.0"
+
+
+@pytest.mark.parametrize("pin", ["1.3.0", "1.4.0"])
+def test_plan_says_that_1_3_has_no_engine_path_and_offers_llmapi(pin: str) -> None:
+    message, hint = refusal(f"device: l4\nquantization: {{weights: fp8}}\ntensorrt_llm: {pin}")
+    assert "1.3 and later have no engine path" in message
+    assert "15907" in message
+    assert "1.2.1" in hint
     assert "backend: tensorrt_llmapi" in hint
+
+
+def test_plan_takes_no_release_whose_image_is_not_confirmed_for_llmapi_either() -> None:
+    text = "device: l4\nbackend: tensorrt_llmapi\nquantization: {weights: fp8}\ntensorrt_llm: 1.3.0"
+    message, hint = refusal(text)
+    assert "no stable release and image of it is confirmed" in message
+    assert "1.2.1" in hint
+
+
+def test_plan_does_not_offer_a_t4_the_runtime_that_it_cannot_run() -> None:
+    message, hint = refusal(T4 + "tensorrt_llm: 1.3.0")
+    assert "no engine path" in message
+    assert "llmapi" not in hint
+
+
+FP8_BOTH = "quantization: {weights: fp8}\nkv_cache: {dtype: fp8}\n"
+
+
+@pytest.mark.parametrize(
+    ("device", "release", "paged"),
+    [("l4", "0.12.0", False), ("l4", "0.13.0", True), ("h100", "0.12.0", True), ("rtx5090", "1.2.1", False)],
+)
+def test_plan_turns_paged_context_attention_on_over_fp8_kv_only_where_fp8_attention_is_confirmed(
+    device: str, release: str, paged: bool
+) -> None:
+    made = plan(f"device: {device}\nbackend: tensorrt_engine\ntensorrt_llm: {release}\n{FP8_BOTH}")
+    assert made.paged_context_fmha is paged
+    reason = next(decision.reason for decision in made.decisions if decision.name == "paged_context_fmha")
+    assert ("force FP8 attention" in reason) is not paged
 
 
 def test_plan_refuses_int8_kv_with_llmapi() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from toolchain import workspace
 from toolchain.device import devices
 from toolchain.errors import PlanError
-from toolchain.release import newest_release, pinned_release, releases, usable
+from toolchain.quantization import KV, WEIGHTS
+from toolchain.release import backends, newest_release, order, pinned_release, releases, usable, within, without_engine
 
 
 def test_releases_come_oldest_first_and_each_has_its_own_images() -> None:
@@ -23,12 +27,108 @@ def test_t4_gets_its_last_release() -> None:
     assert "2620" in reason
 
 
+def test_no_release_runs_smoothquant_or_fp8_on_a_t4() -> None:
+    for needs in ({"w8a8"}, {"fp8"}, {"bf16"}):
+        assert usable(75, "tensorrt_engine", frozenset(needs)) == ()
+        with pytest.raises(PlanError, match=f"SM 75 with {needs.copy().pop()}"):
+            newest_release(75, "tensorrt_engine", frozenset(needs))
+
+
+def test_the_formats_that_are_needed_narrow_the_releases() -> None:
+    """docs/source/release-notes.md @001eaece: FP8 on SM 120 from 0.19 on; the page of 1.0 lists INT8 there."""
+    versions = [release.version for release in usable(120, "tensorrt_engine", frozenset({"fp8"}))]
+    assert versions[0] == "0.19.0"
+    assert usable(120, "tensorrt_engine", frozenset({"int8"}))[0].version == "1.0.0"
+    assert "with fp8" in newest_release(120, "tensorrt_engine", frozenset({"fp8"}))[1]
+
+
+def test_a_newer_release_without_the_format_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row of the table is like that today, so one is taken out here."""
+    table = dict(releases())
+    last = table["1.2.1"]
+    without = {key: formats - {"int4"} for key, formats in last.formats.items()}
+    table["1.2.1"] = replace(last, formats=without)
+    monkeypatch.setattr("toolchain.release.releases", lambda: table)
+    release, reason = newest_release(89, "tensorrt_engine", frozenset({"int4"}))
+    assert release.version == "1.2.0"
+    assert "with int4" in reason
+    assert newest_release(89, "tensorrt_engine", frozenset({"fp8"}))[0].version == "1.2.1"
+
+
+def test_what_a_device_has_some_release_of_each_of_its_backends_runs() -> None:
+    """Of what the backend takes: a device's dtypes and a release's are two sides of the same pages."""
+    for device in devices().values():
+        for name in device.backends if device.sm is not None else ():
+            accepts = backends()[name]
+            schemes = [WEIGHTS[one] for one in accepts.weights] + [KV[one] for one in accepts.kv]
+            for scheme in schemes:
+                if scheme.needs <= device.dtypes:
+                    assert device.sm is not None
+                    assert usable(device.sm, name, scheme.needs), f"{device.name} {name} {scheme.name}"
+
+
+def test_every_listed_sm_has_its_formats_for_each_backend_of_the_release() -> None:
+    for release in releases().values():
+        for sm in release.sms:
+            for name in ("tensorrt_engine", "tensorrt_llmapi"):
+                if release.has(name):
+                    assert "fp16" in release.formats[name, sm], f"{release.version} {name} SM {sm}"
+
+
+def test_spans_name_releases_of_the_table_so_that_a_typing_error_cannot_hide() -> None:
+    table, flags = workspace.facts("releases"), workspace.facts("build_flags")["flags"]
+    spans = [*table["precisions"], *table["fp8_context_fmha"], *table["traps"], *flags.values()]
+    spans += [span for row in flags.values() for span in row.get("spans", ())]
+    for span in spans:
+        assert {span[end] for end in ("from", "to") if end in span} <= set(releases()), span
+
+
+def test_every_trap_and_span_of_formats_has_its_source_and_date() -> None:
+    table = workspace.facts("releases")
+    for row in (*table["precisions"], *table["traps"], *table["fp8_context_fmha"], table["engine_ends"]):
+        assert row["source"], row
+        assert row["date"].year == 2026, row
+
+
+def test_traps_are_told_where_they_lie_and_nowhere_else() -> None:
+    def told(version: str, sm: int, backend: str = "tensorrt_engine") -> str:
+        return "\n".join(trap.text for trap in releases()[version].traps_of(backend, sm))
+
+    assert "75-real" in told("0.13.0", 75)
+    assert "75-real" not in told("0.13.0", 89)
+    assert "overwritten with 1.0" in told("0.13.0", 89)
+    assert "overwritten with 1.0" not in told("0.14.0", 89)
+    assert "int4 layout" in told("1.2.1", 120, "tensorrt_llmapi")
+    assert "max_batch_size" not in told("1.2.1", 120, "tensorrt_llmapi")
+
+
+def test_what_is_taken_over_from_a_neighbor_is_marked() -> None:
+    assert "driver" in releases()["0.13.0"].unconfirmed
+    assert "driver" not in releases()["0.12.0"].unconfirmed
+    assert all(release.unconfirmed <= {"driver", "sms"} for release in releases().values())
+
+
+@pytest.mark.parametrize(
+    ("version", "answer"), [("1.3", True), ("1.3.0", True), ("2.0.0", True), ("1.2.1", False), ("1.3.0rc20", False)]
+)
+def test_releases_from_1_3_on_have_no_engine(version: str, answer: bool) -> None:
+    assert without_engine(version) is answer
+
+
+def test_spans_include_both_ends_and_sort_versions_as_numbers() -> None:
+    assert order("0.9.0") < order("0.12.0") < order("1.0.3.2510") < order("1.1.0")
+    assert within("0.13.0", {"from": "0.13.0", "to": "0.13.0"})
+    assert not within("0.12.0", {"from": "0.13.0"})
+    assert not within("0.14.0", {"to": "0.13.0"})
+
+
 @pytest.mark.parametrize("sm", [80, 86, 89, 90])
 def test_newer_cards_get_the_last_release_with_an_engine_builder(sm: int) -> None:
     release, reason = newest_release(sm, "tensorrt_engine")
     assert release.version == "1.2.1"
     assert release.container == "tritonserver:26.07-trtllm-python-py3"
     assert "trtllm-build" in reason
+    assert "1.3 and later have no engine path" in reason
 
 
 def test_llmapi_begins_with_1_0() -> None:
@@ -44,7 +144,7 @@ def test_sm_that_no_release_lists_is_refused() -> None:
 @pytest.mark.parametrize(
     ("version", "sm", "backend", "said"),
     [
-        ("9.9.9", 89, "tensorrt_engine", "not in the table"),
+        ("0.13.5", 89, "tensorrt_engine", "not in the table"),
         ("0.14.0", 75, "tensorrt_engine", "does not support SM 75"),
         ("0.17.0", 89, "tensorrt_llmapi", "no usable tensorrt_llmapi"),
     ],

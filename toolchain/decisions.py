@@ -94,7 +94,8 @@ def choose_backend(recipe: Recipe, target: Device, notes: Notes) -> str:
 
 
 def _why_one_backend(target: Device) -> str:
-    return f". {target.notes}" if len(target.backends) == 1 and not target.is_cpu else ""
+    special = len(target.backends) == 1 or target.backends[0] != "tensorrt_engine"
+    return f". {target.notes}" if special and not target.is_cpu else ""
 
 
 def check_formats(weights: WeightScheme, kv: KvScheme, target: Device, backend: str, notes: Notes) -> None:
@@ -119,19 +120,27 @@ def _has_no(target: Device, dtype: str) -> str:
     return f"the {target.title}{with_sm(target)} has no {_SPOKEN.get(dtype, dtype)}"
 
 
-def choose_release(recipe: Recipe, target: Device, backend: str, notes: Notes) -> Release | None:
-    """The TensorRT-LLM release: the pinned one or the newest for the device; None for openvino and after a refusal."""
+def choose_release(
+    recipe: Recipe, weights: WeightScheme, kv: KvScheme, target: Device, backend: str, notes: Notes
+) -> Release | None:
+    """The TensorRT-LLM release: the pinned one, or the newest that lists the SM with the quantization's formats.
+
+    None for openvino and after a refusal. What the device or the backend lacks ``check_formats`` refuses, not this.
+    """
     if target.sm is None or backend == "openvino":
         if recipe.tensorrt_llm:
             notes.refuse(f"tensorrt_llm {recipe.tensorrt_llm}: no TensorRT-LLM runs on the {target.title}")
         return None
     if backend not in target.backends:
         return None
+    accepts = backends()[backend]
+    taken = [scheme.needs for scheme, known in ((weights, accepts.weights), (kv, accepts.kv)) if scheme.name in known]
+    needs = frozenset[str]().union(*taken) & target.dtypes
     try:
         if recipe.tensorrt_llm:
-            release, reason = pinned_release(recipe.tensorrt_llm, target.sm, backend)
+            release, reason = pinned_release(recipe.tensorrt_llm, target.sm, backend, needs)
         else:
-            release, reason = newest_release(target.sm, backend)
+            release, reason = newest_release(target.sm, backend, needs)
     except PlanError as error:
         notes.refuse(error.message, error.hint)
         return None
@@ -280,7 +289,15 @@ def _positions(config: LlamaConfig) -> int:
     return int(config.max_position_embeddings * stretch)
 
 
-def paged_context(backend: str, weights: WeightScheme, kv: KvScheme, fused: bool, notes: Notes) -> bool:
+def paged_context(
+    backend: str,
+    weights: WeightScheme,
+    kv: KvScheme,
+    fused: bool,
+    release: Release | None,
+    target: Device,
+    notes: Notes,
+) -> bool:
     """Whether paged-context attention can be on, which KV reuse and chunked context need."""
     if backend != "tensorrt_engine":
         return True
@@ -288,16 +305,29 @@ def paged_context(backend: str, weights: WeightScheme, kv: KvScheme, fused: bool
     if not fused:
         fmha = "fmhaRunner.cpp @0.12.0.dev2024080600; TensorRT-LLM issues 199, 320, 1515"
         notes.decide("context_fmha", False, "the fused kernel aborts on this SM; attention takes S^2 workspace", fmha)
-        notes.decide("paged_context_fmha", False, "needs context_fmha; so no KV reuse and no chunked context", source)
-        return False
+    fp8_fused = release is None or target.sm in release.fp8_context_sms
+    excluded = paged_context_excluded(weights, kv, fused=fused, fp8_fused=fp8_fused)
+    reason = excluded or "KV reuse and chunked context need it, and nothing excludes it"
+    notes.decide("paged_context_fmha", not excluded, reason, source)
+    return not excluded
+
+
+def paged_context_excluded(weights: WeightScheme, kv: KvScheme, *, fused: bool, fp8_fused: bool) -> str:
+    """Why TensorRT-LLM's builder refuses paged-context attention for these formats; empty where it does not.
+
+    ``fused``: attention of prompts is one kernel; ``fp8_fused``: the release has that kernel in FP8 for this SM.
+    """
+    if not fused:
+        return "needs context_fmha; so no KV reuse and no chunked context"
     if kv.name == "int8":
-        notes.decide("paged_context_fmha", False, "INT8 KV excludes it; so no KV reuse and no chunked context", source)
-        return False
+        return "INT8 KV excludes it; so no KV reuse and no chunked context"
     if kv.name == "fp8" and weights.name != "fp8":
-        notes.decide("paged_context_fmha", False, "FP8 KV allows it with FP8 weights only; no KV reuse here", source)
-        return False
-    notes.decide("paged_context_fmha", True, "KV reuse and chunked context need it, and nothing excludes it", source)
-    return True
+        return "FP8 KV allows it with FP8 weights only; no KV reuse here"
+    if kv.name == "fp8" and not fp8_fused:
+        return (
+            "FP8 weights and FP8 KV force FP8 attention with it, not confirmed for this release on this SM; no KV reuse"
+        )
+    return ""
 
 
 def check_shapes(recipe: Recipe, config: LlamaConfig, group_size: int | None, target: Device, notes: Notes) -> None:

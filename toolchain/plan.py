@@ -135,12 +135,12 @@ def make_plan(recipe: Recipe, config: LlamaConfig, *, host_memory_bytes: int | N
     backend = rules.choose_backend(recipe, target, notes)
     weights, kv = WEIGHTS[recipe.quantization.weights], KV[recipe.kv_cache.dtype]
     rules.check_formats(weights, kv, target, backend, notes)
-    release = rules.choose_release(recipe, target, backend, notes)
+    release = rules.choose_release(recipe, weights, kv, target, backend, notes)
     group_size = recipe.quantization.group_size if weights.group_sizes else None
     dtype = rules.choose_dtype(recipe, config, target, notes)
     fused = rules.fused_attention(target)
     limits = rules.choose_limits(recipe, config, notes, fused=fused, cpu=target.is_cpu)
-    paged = rules.paged_context(backend, weights, kv, fused, notes)
+    paged = rules.paged_context(backend, weights, kv, fused, release, target, notes)
     rules.check_shapes(recipe, config, group_size, target, notes)
     memory = _memory(recipe, config, weights, kv, limits, target, notes, fused=fused, host=host_memory_bytes)
     _explain(recipe, weights, kv, target, memory, notes)

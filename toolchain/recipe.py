@@ -20,7 +20,7 @@ from toolchain.device import closest_device, devices, find_device
 from toolchain.errors import RecipeError
 from toolchain.problems import Count, Few, MarkedYaml, Name, Port, Section, Text, has_keys, not_a_choice, read_text
 from toolchain.quantization import WEIGHTS
-from toolchain.release import releases
+from toolchain.release import releases, without_engine
 from toolchain.units import parse_bytes
 
 SUFFIXES = (".yaml", ".yml")
@@ -37,7 +37,7 @@ def _known_device(name: str) -> str:
 
 
 def _known_release(version: str) -> str:
-    if version not in releases():
+    if version not in releases() and not without_engine(version):  # the plan says what became of those
         near = get_close_matches(version, list(releases()), n=1)
         raise not_a_choice(version, "release", releases(), near[0] if near else "")
     return version
@@ -230,11 +230,13 @@ class Recipe(Section):
     )
     backend: Literal["tensorrt_engine", "tensorrt_llmapi", "openvino"] | None = Field(
         default=None,
-        description="What runs the engine. Default: openvino on a cpu, tensorrt_engine on a GPU that it supports.",
+        description="What runs the engine. Default: openvino on a cpu, tensorrt_engine on a GPU (on an RTX 5090 "
+        "tensorrt_llmapi).",
     )
     tensorrt_llm: Annotated[str, AfterValidator(_known_release)] | None = Field(
         default=None,
-        description="Pin of the TensorRT-LLM release, in quotes. Default: the newest one that supports the device.",
+        description="Pin of the TensorRT-LLM release, in quotes. Default: the newest one that supports the device and "
+        "the quantization.",
         json_schema_extra=_offer_releases,
     )
     quantization: Quantization = Field(default=Quantization(), description="How weights are stored.")

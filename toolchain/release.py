@@ -1,6 +1,7 @@
 """TensorRT-LLM releases (``facts/releases.yaml``) and what each backend accepts (``facts/backends.yaml``).
 
-It knows which release lists which SM and which backend takes which quantization. It does not know devices by name.
+It knows which release lists which SM with which number formats, and which backend takes which quantization. It does not
+know devices or quantizations by name: the formats that one needs come in the words of ``devices.yaml`` (``dtypes``).
 """
 
 from __future__ import annotations
@@ -9,9 +10,25 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from toolchain import workspace
 from toolchain.errors import PlanError
+
+_NOTHING: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Trap:
+    """Something that goes wrong with a release."""
+
+    text: str
+    backend: str
+    """With which; empty: with all."""
+    sms: frozenset[int]
+    """Where; empty: everywhere."""
+    source: str
+    date: str
 
 
 @dataclass(frozen=True)
@@ -26,12 +43,17 @@ class Release:
     python: str
     driver: str
     """The oldest NVIDIA driver that runs the image."""
-    driver_confirmed: bool
     sms: tuple[int, ...]
     engine: bool
     """Has ``trtllm-build`` and Triton's C++ backend."""
     llmapi: bool
-    notes: tuple[str, ...]
+    formats: Mapping[tuple[str, int], frozenset[str]]
+    """(backend, SM) -> the number formats that the release lists there."""
+    fp8_context_sms: frozenset[int]
+    """SMs whose fused attention of prompts can compute in FP8."""
+    traps: tuple[Trap, ...]
+    unconfirmed: frozenset[str]
+    """Columns that no source states for this release: ``"driver"``, ``"sms"``."""
     date: str
     source: str
 
@@ -43,6 +65,15 @@ class Release:
     def has(self, backend: str) -> bool:
         """Whether this release carries ``tensorrt_engine`` or ``tensorrt_llmapi``; False for any other backend."""
         return {"tensorrt_engine": self.engine, "tensorrt_llmapi": self.llmapi}.get(backend, False)
+
+    def runs(self, sm: int, backend: str, needs: frozenset[str] = _NOTHING) -> bool:
+        """Whether this release carries the backend, lists the SM, and there the number formats ``needs``."""
+        return self.has(backend) and sm in self.sms and needs <= self.formats.get((backend, sm), _NOTHING)
+
+    def traps_of(self, backend: str, sm: int) -> tuple[Trap, ...]:
+        """What goes wrong with this backend on this SM."""
+        here = (trap for trap in self.traps if not trap.sms or sm in trap.sms)
+        return tuple(trap for trap in here if trap.backend in ("", backend))
 
 
 @dataclass(frozen=True)
@@ -63,26 +94,63 @@ class BackendFacts:
 def releases() -> Mapping[str, Release]:
     """Version -> release, oldest first."""
     table = workspace.facts("releases")
-    return MappingProxyType(
-        {
-            row["version"]: Release(
-                version=row["version"],
-                triton=tuple(row["triton"]),
-                tensorrt=row["tensorrt"],
-                cuda=row["cuda"],
-                python=row["python"],
-                driver=row["driver"],
-                driver_confirmed=row["driver_confirmed"],
-                sms=tuple(row["sms"]),
-                engine=row["engine"],
-                llmapi=row["llmapi"],
-                notes=tuple(row["notes"]),
-                date=str(table["date"]),
-                source=table["source"],
+    return MappingProxyType({row["version"]: _release(row, table) for row in table["releases"]})
+
+
+def _release(row: Mapping[str, Any], table: Mapping[str, Any]) -> Release:
+    version = row["version"]
+    formats = {
+        (span["backend"], sm): frozenset(span["dtypes"])
+        for span in table["precisions"]
+        if within(version, span)
+        for sm in span["sms"]
+    }
+    return Release(
+        version=version,
+        triton=tuple(row["triton"]),
+        tensorrt=row["tensorrt"],
+        cuda=row["cuda"],
+        python=row["python"],
+        driver=row["driver"],
+        sms=tuple(row["sms"]),
+        engine=row["engine"],
+        llmapi=row["llmapi"],
+        formats=MappingProxyType(formats),
+        fp8_context_sms=frozenset(sm for s in table["fp8_context_fmha"] if within(version, s) for sm in s["sms"]),
+        traps=tuple(
+            Trap(
+                text=trap["text"],
+                backend=trap.get("backend", ""),
+                sms=frozenset(trap.get("sms", ())),
+                source=trap["source"],
+                date=str(trap["date"]),
             )
-            for row in table["releases"]
-        }
+            for trap in table["traps"]
+            if within(version, trap)
+        ),
+        unconfirmed=frozenset(row.get("unconfirmed", ())),
+        date=str(table["date"]),
+        source=table["source"],
     )
+
+
+def order(version: str) -> tuple[int, ...]:
+    """``"1.0.3.2510"`` -> (1, 0, 3, 2510), by which releases are sorted. Raises ValueError for what is no version."""
+    return tuple(int(part) for part in version.split("."))
+
+
+def within(version: str, span: Mapping[str, Any]) -> bool:
+    """Whether a release is in a span of the facts: keys ``from`` and ``to``, both included, both optional."""
+    first, last = span.get("from"), span.get("to")
+    return (first is None or order(version) >= order(first)) and (last is None or order(version) <= order(last))
+
+
+def without_engine(version: str) -> bool:
+    """Whether it is 1.3 or later, releases without ``trtllm-build``; the table of releases ends before them."""
+    try:
+        return order(version) >= order(workspace.facts("releases")["engine_ends"]["first_without"])
+    except ValueError:
+        return False
 
 
 @functools.cache
@@ -104,43 +172,63 @@ def backends() -> Mapping[str, BackendFacts]:
     )
 
 
-def usable(sm: int, backend: str) -> tuple[Release, ...]:
-    """The releases that carry this backend and list this SM, oldest first."""
-    return tuple(release for release in releases().values() if release.has(backend) and sm in release.sms)
+def usable(sm: int, backend: str, needs: frozenset[str] = _NOTHING) -> tuple[Release, ...]:
+    """The releases that carry this backend and list this SM with the number formats ``needs``, oldest first."""
+    return tuple(release for release in releases().values() if release.runs(sm, backend, needs))
 
 
-def newest_release(sm: int, backend: str) -> tuple[Release, str]:
-    """The newest release that carries this backend and lists this SM, and why it is that one, with the source.
+def newest_release(sm: int, backend: str, needs: frozenset[str] = _NOTHING) -> tuple[Release, str]:
+    """The newest release that runs number formats ``needs`` with this backend on this SM, and why it is that one.
 
-    Raises PlanError when there is none. Weights and KV formats do not narrow the choice: every format of
-    ``quantizations.yaml`` is older than the oldest row of the table, and what an SM lacks, the device's dtypes say.
+    Raises PlanError when there is none.
     """
-    fitting = usable(sm, backend)
+    fitting = usable(sm, backend, needs)
     if not fitting:
+        with_formats = f" with {' and '.join(sorted(needs))}" if usable(sm, backend) else ""
         raise PlanError(
-            f"no TensorRT-LLM release of the table runs {backend} on SM {sm}",
-            hint="Releases and their SMs: facts/releases.yaml",
+            f"no TensorRT-LLM release of the table runs {backend} on SM {sm}{with_formats}",
+            hint="Releases, their SMs and number formats: facts/releases.yaml",
         )
     newest = fitting[-1]
-    last = workspace.facts("releases")["last_with_sm"].get(sm)
+    table = workspace.facts("releases")
+    last = table["last_with_sm"].get(sm)
     if last:
         return newest, f"the last release that supports SM {sm} ({last['source']})"
     overall = [release for release in releases().values() if release.has(backend)][-1]
+    lists = f"SM {sm}" + (f" with {' and '.join(sorted(needs))}" if needs else "")
     if newest == overall and backend == "tensorrt_engine":
-        return newest, f"the newest release that still has trtllm-build, and it lists SM {sm} ({newest.source})"
-    return newest, f"the newest release whose {backend} runtime lists SM {sm} ({newest.source})"
+        later = (
+            f"{table['engine_ends']['first_without']} and later have no engine path, backend tensorrt_llmapi goes on"
+        )
+        return newest, f"the newest release that still has trtllm-build, and it lists {lists} ({later})"
+    return newest, f"the newest release whose {backend} runtime lists {lists}"
 
 
-def pinned_release(version: str, sm: int, backend: str) -> tuple[Release, str]:
+def pinned_release(version: str, sm: int, backend: str, needs: frozenset[str] = _NOTHING) -> tuple[Release, str]:
     """The release that a recipe pins. Raises PlanError when it is unknown, or does not run ``backend`` on this SM."""
     known = releases().get(version)
-    fitting = [release.version for release in usable(sm, backend)]
-    hint = f"SM {sm} with {backend} runs on: {', '.join(fitting) or 'no release of the table'}"
+    fitting = ", ".join(release.version for release in usable(sm, backend, needs)) or "no release of the table"
+    hint = f"SM {sm} with {backend} runs on: {fitting}"
     if known is None:
-        raise PlanError(f"TensorRT-LLM {version} is not in the table of releases", hint=hint)
+        raise _not_in_table(version, sm, backend, hint)
     if not known.has(backend):
         raise PlanError(f"TensorRT-LLM {version} has no usable {backend} runtime", hint=hint)
     if sm not in known.sms:
         listed = ", ".join(str(one) for one in known.sms)
         raise PlanError(f"TensorRT-LLM {version} does not support SM {sm}: it lists {listed}", hint=hint)
+    missing = needs - known.formats.get((backend, sm), _NOTHING)
+    if missing:
+        raise PlanError(f"TensorRT-LLM {version} does not list {' or '.join(sorted(missing))} on SM {sm}", hint=hint)
     return known, "pinned by the recipe (key tensorrt_llm)"
+
+
+def _not_in_table(version: str, sm: int, backend: str, hint: str) -> PlanError:
+    """The refusal of a pin that has no row; 1.3 and later are told apart, because they will never have an engine."""
+    if not without_engine(version):
+        return PlanError(f"TensorRT-LLM {version} is not in the table of releases", hint=hint)
+    ends = workspace.facts("releases")["engine_ends"]
+    if backend == "tensorrt_engine":
+        llmapi = "\nOr use backend: tensorrt_llmapi without the pin" if usable(sm, "tensorrt_llmapi") else ""
+        return PlanError(f"tensorrt_llm {version}: {ends['why']} ({ends['source']})", hint=hint + llmapi)
+    reason = f"no stable release and image of it is confirmed ({ends['date']}), so it is not in the table of releases"
+    return PlanError(f"tensorrt_llm {version}: {reason}", hint=hint)
