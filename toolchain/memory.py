@@ -32,7 +32,8 @@ KV_FREE_FRACTION = 0.9
 ``kv_cache_free_gpu_memory_fraction`` (tensorrtllm_backend README, 2024)."""
 
 TOKENS_PER_BLOCK = 64
-"""Paged KV is given out in blocks; 64 tokens in TensorRT-LLM 0.10 to 0.17, 32 later and in OpenVINO on CPUs."""
+"""Paged KV is given out in blocks: 64 tokens were TensorRT-LLM's default in 0.10 to 0.17 and are what ``build_flags``
+passes to every release; 32 is the later default, and OpenVINO's on CPUs."""
 
 CPU_BLOCK_TOKENS = 32
 """Tokens in one block of OpenVINO's paged cache on a CPU (GenAI 2026.4.1)."""
