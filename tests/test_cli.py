@@ -43,7 +43,8 @@ def test_help_imports_no_heavy_library():
 
 
 @pytest.mark.parametrize(
-    "verb", ["plan", "quantize", "build", "package", "serve", "infer", "recipes", "doctor", "inspect", "import"]
+    "verb",
+    ["plan", "commands", "quantize", "build", "package", "serve", "infer", "recipes", "doctor", "inspect", "import"],
 )
 def test_every_verb_has_help_with_an_example(scalellm, verb):
     done = scalellm(verb, "--help")
@@ -99,6 +100,62 @@ def test_schema_is_json_schema(scalellm):
     schema = json.loads(scalellm("recipes", "schema").stdout)
     assert schema["$schema"].startswith("https://json-schema.org/")
     assert schema["additionalProperties"] is False
+
+
+@pytest.fixture
+def recorders(tmp_path):
+    """A folder for PATH with programs that write down their arguments instead of doing anything."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("scalellm", "trtllm-build", "docker"):
+        program = folder / name
+        program.write_text(f'#!/bin/sh\n{{ printf "%s" {name}; printf " [%s]" "$@"; echo; }} >> "{tmp_path}/ran"\n')
+        program.chmod(0o755)
+    return folder
+
+
+def test_commands_are_printed_ready_to_paste_and_none_is_run(scalellm, tmp_path, recorders):
+    path = f"{recorders}:/usr/bin:/bin"
+    done = scalellm("commands", "--recipe", "t4", "--work", tmp_path / "my work", PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "my work").exists()
+
+    subprocess.run(["sh", "-e"], input=done.stdout, text=True, check=True, env={"PATH": path})
+    quantize, build = (tmp_path / "ran").read_text().splitlines()
+    assert quantize == f"scalellm [quantize] [--recipe] [t4] [--work] [{tmp_path}/my work]"
+    assert build.startswith(f"trtllm-build [--checkpoint_dir] [{tmp_path}/my work/t4/trtllm-checkpoint] [--output_dir]")
+    assert "[--context_fmha] [disable]" in build
+    assert "[--gpt_attention_plugin] [float16]" in build
+    comments = [line for line in done.stdout.splitlines() if line.startswith("#")]
+    assert any("no command in this release" in line for line in comments)
+    assert any("75-real" in line for line in comments)
+
+
+def test_commands_as_json_hold_the_argv_and_the_release(scalellm):
+    said = json.loads(scalellm("commands", "--recipe", "rtx4090", "--json").stdout)
+    assert (said["tensorrt_llm"], said["container"]) == ("1.2.1", "tritonserver:26.07-trtllm-python-py3")
+    assert [step["name"] for step in said["steps"]] == ["quantize", "convert", "build"]
+    assert said["steps"][1]["argv"] == []
+    assert said["steps"][2]["argv"][0] == "trtllm-build"
+
+
+def test_commands_of_a_cpu_recipe_say_that_there_is_no_foreign_one(scalellm):
+    done = scalellm("commands", "--recipe", "cpu")
+    assert done.returncode == 0
+    assert "there is no foreign command" in done.stdout
+    assert "trtllm-build" not in done.stdout
+
+
+def test_commands_of_a_release_without_an_engine_path_are_refused_with_what_goes_on(scalellm, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "model: meta-llama/Llama-2-13b-chat-hf\ndevice: l4\ntensorrt_llm: 1.3.0\nquantization: {weights: fp8}\n"
+    )
+    done = scalellm("commands", "--recipe", recipe)
+    assert done.returncode == 3
+    assert "no engine path" in done.stderr
+    assert "tensorrt_llmapi" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["rtx4090", "l4", "t4", "a100", "a100-x3", "h100", "cpu"])

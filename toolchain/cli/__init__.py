@@ -30,7 +30,7 @@ def verbs() -> None:
 
 
 for _verb in (
-    *(making.plan, making.quantize, making.build, making.package),
+    *(making.plan, making.commands, making.quantize, making.build, making.package),
     *(serving.serve, serving.infer),
     *(finding.recipes, finding.inspect, finding.import_, finding.doctor, finding.completion),
 ):

@@ -1,4 +1,4 @@
-"""The verbs that plan and make: plan, quantize, build, package."""
+"""The verbs that plan and make: plan, commands, quantize, build, package."""
 
 from __future__ import annotations
 
@@ -28,6 +28,44 @@ def plan(recipe: str, model: str | None, work: Path, json_output: bool, verbose:
     job = open_job(screen, recipe, model, work)
     screen.emit(job.plan.to_json())
     screen.plan(job.plan, job.source)
+
+
+@click.command()
+@recipe_flags
+@common
+def commands(recipe: str, model: str | None, work: Path, json_output: bool, verbose: int) -> None:
+    """Print the command lines of a recipe, ready to paste; run none of them.
+
+    For a TensorRT-LLM engine: the exact trtllm-build of the plan's release. In this release scalellm itself ends at the
+    quantized checkpoint there: it does not convert it, does not run trtllm-build, and no GPU has tried these lines.
+
+    \b
+    Examples:
+      scalellm commands --recipe rtx4090
+      scalellm commands --recipe t4 --json
+    """
+    from dataclasses import asdict
+
+    from toolchain.stages.commands import commands as lane_of
+
+    screen = open_screen(json_output, verbose)
+    job = open_job(screen, recipe, model, work)
+    lane, release = lane_of(job.plan, job.spoken, model, work), job.plan.release
+    screen.emit(
+        {
+            "recipe": job.recipe.name,
+            "backend": job.plan.backend,
+            "tensorrt_llm": release.version if release else None,
+            "container": release.container if release else None,
+            "steps": [asdict(step) for step in lane.steps],
+            "notes": lane.notes,
+        }
+    )
+    for step in lane.steps:
+        for line in step.lines():
+            screen.say(line)
+    for note in lane.notes:
+        screen.say(f"# note: {note}")
 
 
 @click.command()

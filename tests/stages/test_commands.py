@@ -1,0 +1,93 @@
+"""Promises about the printed command lines: a shell reads them as they are meant, and what is missing is said."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from toolchain.build_flags import command
+from toolchain.errors import PlanError
+from toolchain.family import published
+from toolchain.plan import Plan, make_plan
+from toolchain.recipe import parse_recipe
+from toolchain.stages.commands import Lane, commands, paste
+
+ENGINE = "device: l4\nquantization: {weights: fp8}\nkv_cache: {dtype: fp8}\nlimits: {max_batch_size: 4}"
+INT8_KV = "device: a100\nquantization: {weights: int4}\nkv_cache: {dtype: int8}"
+
+
+def plan_of(text: str) -> Plan:
+    config = published("meta-llama/Llama-2-13b-chat-hf")
+    assert config is not None
+    return make_plan(parse_recipe(f"model: some/folder\n{text}", Path("mine.yaml")), config)
+
+
+def lane(text: str, work: Path = Path("work"), model: str | None = None) -> Lane:
+    return commands(plan_of(text), "mine.yaml", model, work)
+
+
+def test_an_engine_is_quantized_converted_and_built() -> None:
+    steps = lane(ENGINE).steps
+    assert [step.name for step in steps] == ["quantize", "convert", "build"]
+    assert steps[0].argv == ("scalellm", "quantize", "--recipe", "mine.yaml", "--work", "work")
+    folder = Path("work/mine")
+    assert steps[2].argv == command(plan_of(ENGINE), folder / "trtllm-checkpoint", folder / "trtllm-engine")
+
+
+def test_the_conversion_that_this_release_lacks_is_a_comment() -> None:
+    convert = lane(ENGINE).steps[1]
+    assert convert.argv == ()
+    (line,) = convert.lines()
+    assert line.startswith("# convert")
+    assert "no command in this release" in line
+
+
+def test_the_build_says_its_image_its_gpu_and_that_scalellm_does_not_run_it() -> None:
+    comment, pasted = lane(ENGINE).steps[2].lines()
+    assert "tritonserver:26.07-trtllm-python-py3" in comment
+    assert "SM 89" in comment
+    assert "scalellm does not run this itself" in comment
+    assert pasted.startswith("trtllm-build \\\n")
+
+
+def test_another_model_and_a_folder_with_blanks_survive_the_shell() -> None:
+    steps = lane(ENGINE, Path("my work"), "/models/it's here").steps
+    for step in steps:
+        if step.argv:
+            assert tuple(shlex.split(paste(step.argv).replace("\\\n", ""))) == step.argv  # as a shell joins lines
+    assert "/models/it's here" in steps[0].argv
+    assert "my work/mine/trtllm-engine" in steps[2].argv
+
+
+def test_notes_tell_the_driver_the_traps_and_what_the_server_must_not_do() -> None:
+    notes = "\n".join(lane(INT8_KV).notes)
+    assert "needs driver 590.44" in notes
+    assert "enable_kv_cache_reuse false" in notes
+    assert "issue 1543" in notes
+    assert "enable_kv_cache_reuse false," not in "\n".join(lane(ENGINE).notes)
+
+
+def test_a_driver_that_was_taken_over_from_a_neighbor_is_told_as_such() -> None:
+    assert "not confirmed" in "\n".join(lane(ENGINE + "\ntensorrt_llm: 0.14.0").notes)
+    assert "not confirmed to" not in "\n".join(lane(ENGINE + "\ntensorrt_llm: 1.2.1").notes)
+
+
+def test_llmapi_has_no_build_command_and_says_why() -> None:
+    steps = lane("backend: tensorrt_llmapi\n" + ENGINE).steps
+    assert [bool(step.argv) for step in steps] == [True, False]
+    assert "there is no foreign command" in steps[1].says
+
+
+def test_openvino_has_no_foreign_command() -> None:
+    (step,) = lane("device: cpu\nquantization: {weights: int4}").steps
+    assert step.argv[:2] == ("scalellm", "build")
+    assert "no foreign command" in step.says
+
+
+def test_a_plan_that_the_builder_would_not_build_prints_nothing() -> None:
+    wrong = replace(plan_of(INT8_KV), paged_context_fmha=True)
+    with pytest.raises(PlanError, match="INT8 KV excludes it"):
+        commands(wrong, "mine.yaml", None, Path("work"))

@@ -1,0 +1,105 @@
+"""The command lines of a plan, ready to paste: scalellm's own and those of foreign programs. Runs and writes nothing.
+
+The TensorRT-LLM lanes end at the quantized checkpoint in this release. What follows it is told as far as it is known: a
+step that has no command yet says so. It does not look at the machine, and nothing here was run on a GPU.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolchain import build_flags
+from toolchain.plan import Plan
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the lane. ``argv`` is empty where this release has no command for it."""
+
+    name: str
+    says: str
+    """What it makes, or why there is no command."""
+    where: str
+    argv: tuple[str, ...] = ()
+
+    def lines(self) -> Iterator[str]:
+        """Lines for a shell: a comment, then the command, one flag a line."""
+        yield f"# {self.name} ({self.where}): {self.says}"
+        if self.argv:
+            yield paste(self.argv)
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Every step from the model to the engine, and what to know about them."""
+
+    steps: tuple[Step, ...]
+    notes: tuple[str, ...]
+
+
+def commands(plan: Plan, spoken: str, model: str | None, work: Path) -> Lane:
+    """The steps of the plan's backend. ``spoken``: the recipe as it is named; ``model``: what replaces the recipe's.
+
+    Raises PlanError where ``trtllm-build`` would not build what the plan says.
+    """
+    place = ("--recipe", spoken, *(("--model", model) if model else ()), "--work", str(work))
+    if plan.backend == "openvino":
+        says = "scalellm makes the engine and the Triton repository itself; there is no foreign command"
+        return Lane((Step("build", says, "this machine", ("scalellm", "build", *place)),), plan.warnings)
+    folder = work / plan.recipe.name
+    says = f"the quantized checkpoint, {folder / 'checkpoint'}"
+    steps = [Step("quantize", says, "any machine", ("scalellm", "quantize", *place))]
+    if plan.backend == "tensorrt_engine":
+        steps += _engine(plan, folder)
+    else:
+        says = (
+            "TensorRT-LLM's PyTorch runtime reads the checkpoint as it is; scalellm does not serve it in this release"
+        )
+        steps.append(Step("build", f"there is no foreign command: {says}", _gpu(plan)))
+    return Lane(tuple(steps), tuple(_notes(plan)))
+
+
+def _engine(plan: Plan, folder: Path) -> Iterator[Step]:
+    made = folder / "trtllm-checkpoint"
+    says = (
+        f"no command in this release: the quantized checkpoint has to become a TensorRT-LLM checkpoint, {made}, "
+        f"with tp {plan.tp} and pp {plan.pp}; {build_flags.PROGRAM} does not read the unified layout"
+    )
+    yield Step("convert", says, "any machine")
+    argv = build_flags.command(plan, made, folder / "trtllm-engine")
+    yield Step("build", "the engine; scalellm does not run this itself in this release", _gpu(plan), argv)
+
+
+def _gpu(plan: Plan) -> str:
+    image = f"in {plan.release.container}, " if plan.release else ""
+    return f"{image}on a GPU of SM {plan.device.sm}"
+
+
+def _notes(plan: Plan) -> Iterator[str]:
+    release = plan.release
+    if release:
+        taken_over = ", not confirmed to the last digit" if "driver" in release.unconfirmed else ""
+        yield (
+            f"TensorRT-LLM {release.version} needs driver {release.driver} or newer{taken_over}; its image has CUDA "
+            + (f"{release.cuda}, TensorRT {release.tensorrt} and Python {release.python}")
+        )
+        for trap in release.traps_of(plan.backend, plan.device.sm or 0):
+            yield f"{trap.text} ({trap.source})"
+    if plan.backend == "tensorrt_engine" and not plan.paged_context_fmha:
+        yield "this engine cannot reuse cached prompts: serve it with enable_kv_cache_reuse false, chunked context off"
+    yield from plan.warnings
+
+
+def paste(argv: tuple[str, ...]) -> str:
+    """A command for a shell, one flag a line, which the shell joins and splits into the same argv."""
+    first = next((index for index, word in enumerate(argv) if word.startswith("--")), len(argv))
+    lines = [shlex.join(argv[:first])]
+    for word in argv[first:]:
+        if word.startswith("--"):
+            lines.append(f"  {shlex.quote(word)}")
+        else:
+            lines[-1] += f" {shlex.quote(word)}"
+    return " \\\n".join(lines)
