@@ -169,7 +169,8 @@ def test_a_qwen2_keeps_its_biases_and_its_logits(qwen2: Path, tmp_path: Path) ->
     assert len(biases) == 2 * 3
     plain = error(run(qwen2, tmp_path / "rtn", **INT4))
     for name, way in WAYS.items():
-        made = calibrate(qwen2, tmp_path / name, **way)
+        choices = {**way, "scales": INT4["scales"]} if way is W4A8 else way
+        made = calibrate(qwen2, tmp_path / name, **choices)
         written, opened = tensors_of(made), Checkpoint.open(made)
         assert opened.config == Checkpoint.open(qwen2).config
         assert all(torch.equal(written[bias], source[bias]) for bias in biases)

@@ -114,10 +114,11 @@ limits: {max_batch_size: 4, max_seq_len: 256}
 """
 
 
+@pytest.mark.timeout(600)
 def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(
     random_llama: Callable[..., Path], tmp_path: Path, root: Path
 ) -> None:
-    model = random_llama(num_hidden_layers=12, hidden_size=512, intermediate_size=1536, num_attention_heads=8)
+    model = random_llama(num_hidden_layers=24, hidden_size=512, intermediate_size=1536, num_attention_heads=8)
     recipe = tmp_path / "small recipe.yaml"
     recipe.write_text(RECIPE)
     work = tmp_path / "work"
@@ -126,27 +127,27 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(
     victim = subprocess.Popen([SCALELLM, *argv], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
-        while sum(file.read_bytes().count(b"\n") for file in work.glob("small/*.partial-*/journal.jsonl")) < 4:
+        while sum(file.read_bytes().count(b"\n") for file in work.glob("small/*.partial-*/journal.jsonl")) < 2:
             assert victim.poll() is None, victim.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.01)
         victim.send_signal(signal.SIGINT)
-        _, said = victim.communicate(timeout=60)
+        _, said = victim.communicate(timeout=240)
     finally:
         victim.kill()
         victim.communicate()
     assert victim.returncode == 130, said
     assert "Traceback" not in said
     assert "finished work is kept" in said
-    stopped = re.search(r"interrupted at layer (\d+) of 12", said)
+    stopped = re.search(r"interrupted at layer (\d+) of 24", said)
     assert stopped, said
     (typed,) = [line.strip() for line in said.splitlines() if line.strip().startswith("scalellm quantize")]
     assert shlex.split(typed) == ["scalellm", *argv]
     assert not (work / "small" / "checkpoint").exists()
 
     again = subprocess.run(
-        [SCALELLM, *shlex.split(typed)[1:]], env=env, capture_output=True, text=True, check=False, timeout=120
+        [SCALELLM, *shlex.split(typed)[1:]], env=env, capture_output=True, text=True, check=False, timeout=240
     )
     assert again.returncode == 0, again.stderr
-    assert f"resumed at layer {stopped[1]} of 12" in again.stderr + again.stdout
+    assert f"resumed at layer {stopped[1]} of 24" in again.stderr + again.stdout
     workspace.require(work / "small" / "checkpoint", "checkpoint")
