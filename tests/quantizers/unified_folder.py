@@ -41,19 +41,9 @@ def model_of(folder: Path, *, activations: bool = False) -> Any:
     With ``activations`` the inputs of its linears are rounded too, where the folder has an ``input_scale``.
     """
     raw = json.loads((folder / "config.json").read_text())
-    quantized = raw.pop("quantization_config", {}).get("quant_algo")
-    stored = tensors_of(folder)
-    state, linears = {}, set()
-    for name, tensor in stored.items():
-        module, _, kind = name.rpartition(".")
-        if kind not in ("weight", "bias"):
-            continue
-        if f"{module}.weight_scale" in stored and kind == "weight":
-            assert quantized, f"{name} has a scale, and config.json says nothing of a quantization"
-            linears.add(module)
-            state[name] = torch.from_numpy(_linear(module, stored))
-        else:
-            state[name] = tensor.float()
+    raw.pop("quantization_config", None)
+    stored, state = tensors_of(folder), dense_of(folder)
+    linears = {name.rpartition(".")[0] for name in stored if name.endswith(".weight_scale")}
     model = LlamaForCausalLM(LlamaConfig(**raw)).float().eval()
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
@@ -64,6 +54,22 @@ def model_of(folder: Path, *, activations: bool = False) -> Any:
             if f"{module}.input_scale" in stored:
                 _round_inputs(model.get_submodule(module), module, stored)
     return model
+
+
+def dense_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Name -> float32, of every weight and bias that a folder stands for."""
+    quantized = json.loads((folder / "config.json").read_text()).get("quantization_config", {}).get("quant_algo")
+    stored, state = tensors_of(folder), {}
+    for name, tensor in stored.items():
+        module, _, kind = name.rpartition(".")
+        if kind not in ("weight", "bias"):
+            continue
+        if f"{module}.weight_scale" in stored and kind == "weight":
+            assert quantized, f"{name} has a scale, and config.json says nothing of a quantization"
+            state[name] = torch.from_numpy(_linear(module, stored))
+        else:
+            state[name] = tensor.float()
+    return state
 
 
 @torch.no_grad()
