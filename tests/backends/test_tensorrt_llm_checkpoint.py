@@ -285,12 +285,21 @@ def test_int8_cache_scales_are_the_larger_range_through_127(unified: Folders, tm
 
 @pytest.mark.parametrize("scales", ["shared", "separate"])
 def test_fp8_cache_scales_are_never_below_one(unified: Folders, tmp_path: Path, scales: str) -> None:
-    """ModelOpt's unified export has them below; its TensorRT-LLM export has not. Weights of 16 bits may have one."""
+    """ModelOpt's unified export has them below; its TensorRT-LLM export has not."""
     folder = unified("mha", "fp8", fp8_scales=scales)
     found = TensorRtLlmCheckpoint.open(written(equal_scales(folder, tmp_path / "equal"), tmp_path / "out", kv="fp8"))
     assert found.kv_scales() == [1.0, 1.0]
     stored = float(tensors_of(folder)["model.layers.0.self_attn.k_proj.k_scale"])
     assert (stored < 1) == (scales == "separate")
+
+
+def test_fp8_cache_scales_come_from_the_ranges_where_the_folder_has_none(unified: Folders, tmp_path: Path) -> None:
+    """No range of a sound model is beyond 448; these are made so."""
+    folder = changed(unified("mha", "int8"), tmp_path / "changed", lambda _name, one: one)
+    ranges = [{"k_amax": 896.0, "v_amax": 3.0}, {"k_amax": 5.0, "v_amax": 447.0}]
+    (folder / "scalellm_kv_cache.json").write_text(json.dumps({"layers": ranges}))
+    found = TensorRtLlmCheckpoint.open(written(folder, tmp_path / "out", kv="fp8")).kv_scales()
+    assert found == [2.0, 1.0]
 
 
 def equal_scales(folder: Path, out: Path) -> Path:
