@@ -124,7 +124,14 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(
     work = tmp_path / "work"
     argv = ["quantize", "--recipe", str(recipe), "--model", str(model), "--work", str(work), "--device", "cpu"]
     env = {**os.environ, "PYTHONPATH": str(root), "COLUMNS": "300", "HF_HUB_OFFLINE": "1"}
-    victim = subprocess.Popen([SCALELLM, *argv], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    victim = subprocess.Popen(
+        [SCALELLM, *argv],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
+    )
     try:
         deadline = time.monotonic() + 120
         while sum(file.read_bytes().count(b"\n") for file in work.glob("small/*.partial-*/journal.jsonl")) < 2:
