@@ -8,6 +8,7 @@ share what scales their input's channels, and the scale of the input itself. It 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -79,23 +80,28 @@ def _fp8(
     separate = scheme.fp8_scales == "separate"
     largest = [_amax(source, name, workers) for name in names]
     for name, own in zip(names, largest, strict=True):
-        weight = source.weight(f"{name}.weight")
         scale = fp8.scale_of([own] if separate else largest)
-        eight = fp8.cast(weight, scale, workers, twice=separate)
+        with _read(source, name) as weight:
+            eight = fp8.cast(weight, scale, workers, twice=separate)
         tensors = {"weight": eight.code, "weight_scale": scale}
         if input_amax is not None:
             tensors["input_scale"] = fp8.scale_of([input_amax])
-        source.release(f"{name}.weight")
         yield QuantizedMatrix(name, tensors, eight.error, weight.nbytes)
 
 
-def _amax(source: Source, name: str, workers: Workers) -> float:
+@contextmanager
+def _read(source: Source, name: str) -> Iterator[torch.Tensor]:
+    """A matrix, given back afterwards; an ArtifactError names it where its numbers are not finite."""
     try:
-        found = fp8.amax(source.weight(f"{name}.weight"), workers)
+        yield source.weight(f"{name}.weight")
     except NotFiniteError as error:
         raise source.not_finite(f"{name}.weight") from error
     source.release(f"{name}.weight")
-    return found
+
+
+def _amax(source: Source, name: str, workers: Workers) -> float:
+    with _read(source, name) as weight:
+        return fp8.amax(weight, workers)
 
 
 def _int8(
@@ -105,12 +111,8 @@ def _int8(
     if smoothing and smoothing.pre_quant_scale is not None:
         beside = {"input_scale": int8.scale_of(smoothing.amax), "pre_quant_scale": smoothing.pre_quant_scale}
     for name in names:
-        weight = source.weight(f"{name}.weight")
-        try:
+        with _read(source, name) as weight:
             made = int8.quantize(weight, workers, by=smoothing.scale if smoothing else None)
-        except NotFiniteError as cause:
-            raise source.not_finite(f"{name}.weight") from cause
-        source.release(f"{name}.weight")
         tensors = {"weight": made.code, "weight_scale": made.scale, **beside}
         yield QuantizedMatrix(name, tensors, made.error, weight.nbytes)
 
@@ -160,12 +162,8 @@ def _int4(
 
 
 def _four(source: Source, name: str, place: int, rounding: _Rounding) -> int4.Int4Matrix:
-    try:
-        four = rounding.quantize(source.weight(f"{name}.weight"), place)
-    except NotFiniteError as cause:
-        raise source.not_finite(f"{name}.weight") from cause
-    source.release(f"{name}.weight")
-    return four
+    with _read(source, name) as weight:
+        return rounding.quantize(weight, place)
 
 
 def _as_int4(

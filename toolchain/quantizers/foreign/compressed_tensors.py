@@ -23,7 +23,7 @@ from toolchain.checkpoint import TensorInfo
 from toolchain.errors import PlanError
 from toolchain.quantizers import layout
 from toolchain.quantizers.foreign.folder import KEPT_GROUPS, START_ANEW, Array, Folder
-from toolchain.quantizers.foreign.grouped import Codes, GroupedFolder, nibbles_of
+from toolchain.quantizers.foreign.grouped import Codes, GroupedFolder
 from toolchain.quantizers.layout import Scheme
 
 NAME, PRODUCER = "compressed-tensors", "llm-compressor"
@@ -239,25 +239,13 @@ class Packed(GroupedFolder, _WithCache):
         if not symmetric:
             shape, dtype = ((rows // self._in_word, count), "I32") if self._words else ((rows, count), "I8")
             self.array(f"{module}.weight_zero_point", (dtype,), shape)
-        name = f"{module}.weight_g_idx"
-        if name in self.tensors and (self.array(name, ("I32", "I64"), (columns,)) != np.arange(columns) // size).any():
-            raise PlanError(
-                f"{self.path}: act order: {name} assigns input channels to groups out of order, which our layout "
-                "cannot hold",
-                hint=START_ANEW,
-            )
-
-    def _unpack(self, words: npt.NDArray[Any]) -> Codes:
-        """int32 [n, m] -> uint8 [n, m, codes of a word]"""
-        if self.bits == 4:
-            return nibbles_of(words)
-        return np.ascontiguousarray(words).view(np.uint8).reshape(*words.shape, 4)
+        self.check_order(f"{module}.weight_g_idx", ("I32", "I64"), columns, size)
 
     def codes(self, module: str, columns: slice) -> Codes:
         if not self._words:
             return self.array(f"{module}.weight")[:, columns].view(np.uint8).T ^ np.uint8(128)
         words = self.array(f"{module}.weight_packed")[:, columns.start // self._in_word : columns.stop // self._in_word]
-        return self._unpack(words).reshape(len(words), -1).T
+        return self.unpack(words).reshape(len(words), -1).T
 
     def zeros(self, module: str) -> Codes:
         rows, count = self.shape(module)[0], self.groups(module)[0]
@@ -266,7 +254,7 @@ class Packed(GroupedFolder, _WithCache):
             return np.full((count, rows), self.middle, np.uint8)
         if not self._words:
             return self.array(name).view(np.uint8).T ^ np.uint8(128)
-        return self._unpack(self.array(name).T).reshape(count, rows)
+        return self.unpack(self.array(name).T).reshape(count, rows)
 
     def scales(self, module: str) -> npt.NDArray[np.float32]:
         return self.wide(f"{module}.weight_scale").T

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from toolchain.checkpoint import TensorInfo
 from toolchain.errors import PlanError
 from toolchain.quantizers.foreign.folder import START_ANEW
-from toolchain.quantizers.foreign.grouped import Codes, GroupedFolder, nibbles_of
+from toolchain.quantizers.foreign.grouped import Codes, GroupedFolder
 
 NAME = "gptq"
 _FORMATS = {"gptq": 1, "gptq_v2": 0}
@@ -96,30 +96,15 @@ class Gptq(GroupedFolder):
             self.array(f"{module}.qweight", ("I32",), (columns // self._in_word, rows))
             self.array(f"{module}.qzeros", ("I32",), (count, rows // self._in_word))
             self.array(f"{module}.scales", ("F16", "BF16", "F32"), (count, rows))
-            self._check_order(module, columns, size)
-
-    def _check_order(self, module: str, columns: int, size: int) -> None:
-        name = f"{module}.g_idx"
-        if name in self.tensors and (self.array(name, ("I32",), (columns,)) != np.arange(columns) // size).any():
-            raise PlanError(
-                f"{self.path}: act order: {name} assigns input channels to groups out of order (desc_act), which our "
-                "layout cannot hold",
-                hint=START_ANEW,
-            )
-
-    def _unpack(self, words: npt.NDArray[Any]) -> Codes:
-        """int32 [n, m] -> uint8 [n, m, codes of a word]."""
-        if self.bits == 4:
-            return nibbles_of(words)
-        return np.ascontiguousarray(words).view(np.uint8).reshape(*words.shape, 4)
+            self.check_order(f"{module}.g_idx", ("I32",), columns, size, " (desc_act)")
 
     def codes(self, module: str, columns: slice) -> Codes:
         words = self.array(f"{module}.qweight")[columns.start // self._in_word : columns.stop // self._in_word]
-        return self._unpack(words).transpose(0, 2, 1).reshape(-1, words.shape[1])
+        return self.unpack(words).transpose(0, 2, 1).reshape(-1, words.shape[1])
 
     def zeros(self, module: str) -> Codes:
         words = self.array(f"{module}.qzeros")
-        stored = self._unpack(words).reshape(len(words), -1)
+        stored = self.unpack(words).reshape(len(words), -1)
         top = (1 << self.bits) - 1
         if self._lacking and (stored == top).any():
             raise PlanError(

@@ -63,6 +63,21 @@ class GroupedFolder(Folder):
         size = columns if self.group == -1 else self.group
         return columns // size, size
 
+    def unpack(self, words: Array) -> Codes:
+        """int32 [n, m] -> uint8 [n, m, codes of a word], low bits first."""
+        if self.bits == 4:
+            return nibbles_of(words)
+        return np.ascontiguousarray(words).view(np.uint8).reshape(*words.shape, 4)
+
+    def check_order(self, name: str, dtypes: tuple[str, ...], columns: int, size: int, called: str = "") -> None:
+        """PlanError where a tensor ``name`` is there and assigns input channels to groups out of order."""
+        if name in self.tensors and (self.array(name, dtypes, (columns,)) != np.arange(columns) // size).any():
+            raise PlanError(
+                f"{self.path}: act order: {name} assigns input channels to groups out of order{called}, which our "
+                "layout cannot hold",
+                hint=START_ANEW,
+            )
+
     def _kept_group(self) -> int | None:
         """The group size in our layout: a row's or a larger group's scale is repeated. PlanError where none fits."""
         widths = {family.linear_shape(self.config, linear)[1] for linear in family.LINEARS}
