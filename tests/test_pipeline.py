@@ -17,10 +17,12 @@ import pytest
 from tests.conftest import SCALELLM
 from toolchain import workspace
 from toolchain.errors import ArtifactError, RecipeError
-from toolchain.pipeline import NAMES, Job
+from toolchain.pipeline import Job
 from toolchain.progress import Silent
 from toolchain.quantizers.place import Place
 from toolchain.recipe import load_recipe
+
+ARTIFACTS = ("checkpoint", "engine", "repository")
 
 RECIPE = """\
 name: small
@@ -48,8 +50,8 @@ def actions(made: Job) -> dict[str, str]:
 
 
 def test_a_second_build_makes_nothing(tmp_path, model):
-    assert actions(job(tmp_path, model)) == dict.fromkeys(NAMES, "made")
-    assert actions(job(tmp_path, model)) == dict.fromkeys(NAMES, "kept")
+    assert actions(job(tmp_path, model)) == dict.fromkeys(ARTIFACTS, "made")
+    assert actions(job(tmp_path, model)) == dict.fromkeys(ARTIFACTS, "kept")
 
 
 def test_another_kv_cache_keeps_the_checkpoint_and_says_why_the_engine_is_stale(tmp_path, model):
@@ -66,7 +68,7 @@ def test_a_changed_model_makes_everything_again(tmp_path, model, random_llama):
     actions(job(tmp_path, model))
     other = job(tmp_path, random_llama(num_hidden_layers=1))
     assert other.states()[0].reasons == ("the model's files changed",)
-    assert actions(other) == dict.fromkeys(NAMES, "made")
+    assert actions(other) == dict.fromkeys(ARTIFACTS, "made")
 
 
 @pytest.mark.parametrize("damage", ["truncate", "delete", "flip"])
@@ -272,7 +274,7 @@ class TestCalibration:
 
     def test_a_calibrated_checkpoint_holds_its_report_and_the_texts_digest(self, tmp_path, model, text):
         made = self.job(tmp_path, model, text)
-        assert actions(made) == dict.fromkeys(NAMES, "made")
+        assert actions(made) == dict.fromkeys(ARTIFACTS, "made")
         folder = made.folder / "checkpoint"
         page = (folder / "quantization_report.html").read_text(encoding="utf-8")
         assert "mine.txt" in page

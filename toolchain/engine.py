@@ -56,12 +56,22 @@ class Passport:
     versions: dict[str, str]
     checkpoint: str
     """The key of the quantized checkpoint."""
+    release: str | None = None
+    """TensorRT-LLM; None for an engine that needs none."""
+    tensorrt: str | None = None
+    container: str | None = None
+    """The image that builds and serves it, without its registry host."""
+    tp: int = 1
+    pp: int = 1
+    argv: tuple[str, ...] = ()
+    """The builder's command, with CHECKPOINT and ENGINE in place of the folders."""
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Passport:
         values = dict(raw)
         values["limits"] = Limits(**values["limits"])
         values["eos_token_ids"] = tuple(values["eos_token_ids"])
+        values["argv"] = tuple(values.get("argv", ()))
         return cls(**values)
 
 

@@ -2,8 +2,9 @@
 
     recipe + model  ->  checkpoint (quantize)  ->  engine (build)  ->  repository (package)
 
-Each artifact lies in ``WORK/RECIPE/NAME``. Its key is the hash of its slice of the plan and of the key of what it is
-made from; same key and intact files: skipped.
+A TensorRT-LLM engine is built from ``trtllm-checkpoint`` (convert), which stands between the first two. Each artifact
+lies in ``WORK/RECIPE/NAME``. Its key is the hash of its slice of the plan and of the key of what it is made from; same
+key and intact files: skipped.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from typing import Any
 
 from toolchain import __version__, workspace
 from toolchain import checkpoint as checkpoints
+from toolchain.backends import Order
 from toolchain.checkpoint import Checkpoint
 from toolchain.engine import Engine
-from toolchain.errors import ArtifactError
+from toolchain.errors import ArtifactError, PlanError
 from toolchain.family import LlamaConfig, published, read_config
+from toolchain.host import Host
 from toolchain.plan import Plan, make_plan
 from toolchain.progress import Progress
 from toolchain.quantizers import conversations, foreign, report_html, samples
@@ -32,14 +35,15 @@ from toolchain.quantizers.report import REPORT
 from toolchain.recipe import Recipe
 from toolchain.stages import adopt as adopt_stage
 from toolchain.stages import build as build_stage
+from toolchain.stages import convert as convert_stage
 from toolchain.stages import package as package_stage
 from toolchain.stages import quantize as quantize_stage
 from toolchain.workspace import Draft, Stamp
 
-NAMES = ("checkpoint", "engine", "repository")
-"""The artifacts, in order."""
+NAMES = ("checkpoint", "trtllm-checkpoint", "engine", "repository")
+"""The artifacts, in order; the second is of the backend tensorrt_engine alone."""
 
-STAGE_OF = {"checkpoint": "quantize", "engine": "build", "repository": "package"}
+STAGE_OF = {"checkpoint": "quantize", "trtllm-checkpoint": "convert", "engine": "build", "repository": "package"}
 
 
 @dataclass(frozen=True)
@@ -72,10 +76,17 @@ class Job:
     """A recipe, a model and a work folder, from which the artifacts are made."""
 
     def __init__(
-        self, recipe: Recipe, model: str | None, work: Path, progress: Progress, place: Place = ON_CPU
+        self,
+        recipe: Recipe,
+        model: str | None,
+        work: Path,
+        progress: Progress,
+        place: Place = ON_CPU,
+        host: Host | None = None,
     ) -> None:
         self.recipe = recipe
         self.place = place
+        self.host = host
         self.source = model or recipe.model
         self.folder = work / recipe.name
         self.work = work
@@ -85,10 +96,15 @@ class Job:
         self.plan: Plan = make_plan(recipe, self._model.config, host_memory_bytes=memory)
         self._model.check(self.plan)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The artifacts of this plan's backend, in order."""
+        return tuple(name for name in NAMES if name != "trtllm-checkpoint" or self.plan.backend == "tensorrt_engine")
+
     def states(self) -> list[State]:
         """What is fresh and what is stale, without making anything. Stale inputs make stale all that follows."""
         found, inputs_key = [], ""
-        for name in NAMES:
+        for name in self.names:
             inputs = self._inputs(name, inputs_key)
             state = _state(name, self.folder / name, inputs)
             found.append(state)
@@ -98,11 +114,17 @@ class Job:
     def run(self, until: str, *, on_result: Callable[[Result], None] = lambda _result: None) -> list[Result]:
         """Make every artifact up to ``until`` (one of ``NAMES``) that is not fresh.
 
-        Raises the stages' errors. Finished artifacts and journaled work stay for the next run.
+        Raises PlanError where the plan's backend has no ``until``, and the stages' errors. Finished artifacts and
+        journaled work stay for the next run.
         """
         results: list[Result] = []
         inputs_key = ""
-        for name in NAMES[: NAMES.index(until) + 1]:
+        if until not in self.names:
+            raise PlanError(
+                f"{self.recipe.name}: the backend {self.plan.backend} takes the quantized checkpoint as it is",
+                hint=f"scalellm build --recipe {self.spoken}",
+            )
+        for name in self.names[: self.names.index(until) + 1]:
             inputs = self._inputs(name, inputs_key)
             state = _state(name, self.folder / name, inputs)
             started = time.perf_counter()
@@ -110,7 +132,7 @@ class Job:
                 if name == "checkpoint" and self._reads_the_hub:
                     _ = self._samples  # its digest is part of the inputs
                     inputs = self._inputs(name, inputs_key)
-                self._make(name, inputs, inputs_key)
+                self._make(name, inputs)
             inputs_key = workspace.key_of(inputs)
             result = Result(state, "kept" if state.fresh else "made", time.perf_counter() - started, inputs_key)
             results.append(result)
@@ -126,19 +148,27 @@ class Job:
     def _inputs(self, name: str, inputs_key: str) -> dict[str, Any]:
         if name == "checkpoint":
             return quantize_inputs(self.plan, self._model.fingerprint, self._calibration_digest)
+        if name == "trtllm-checkpoint":
+            return convert_stage.inputs(self.plan, inputs_key)
         if name == "engine":
             return build_stage.inputs(self.plan, inputs_key)
         return package_stage.inputs(self.plan, inputs_key)
 
-    def _make(self, name: str, inputs: Mapping[str, Any], inputs_key: str) -> None:
+    def _make(self, name: str, inputs: Mapping[str, Any]) -> None:
         if name == "engine":
-            checkpoint = self.folder / "checkpoint"
-            build_stage.refuse_if_lacking(self.plan, str(checkpoint), self._continue_elsewhere())
+            order = self._order(self.folder / name, workspace.key_of(inputs))
+            build_stage.refuse_if_lacking(order, self._continue_elsewhere())
+        makers = {
+            "checkpoint": self._make_checkpoint,
+            "trtllm-checkpoint": self._make_trtllm_checkpoint,
+            "engine": self._make_engine,
+            "repository": self._make_repository,
+        }
         with workspace.draft(self.folder / name, name, inputs) as draft:
-            extra = getattr(self, f"_make_{name}")(draft, inputs_key)
+            extra = makers[name](draft)
             draft.commit(versions={"scalellm": __version__}, recipe=self.recipe.text, extra=extra)
 
-    def _make_checkpoint(self, draft: Draft, _inputs_key: str) -> dict[str, Any]:
+    def _make_checkpoint(self, draft: Draft) -> dict[str, Any]:
         """-> where it was computed."""
         plan, asked, model = self.plan, self.plan.recipe.quantization, self._model.opened()
         calibrated = plan.calibrates and model.quantization is None
@@ -199,11 +229,24 @@ class Job:
     def _file_digest(self) -> str | None:
         return conversations.data_digest(self.recipe.calibration.data)
 
-    def _make_engine(self, draft: Draft, inputs_key: str) -> None:
-        quantized = Checkpoint.open(self.folder / "checkpoint")
-        build_stage.build(self.plan, quantized, draft, checkpoint_key=inputs_key, progress=self.progress)
+    def _make_trtllm_checkpoint(self, draft: Draft) -> None:
+        convert_stage.convert(self.plan, Checkpoint.open(self._quantized), draft, progress=self.progress)
 
-    def _make_repository(self, draft: Draft, _inputs_key: str) -> None:
+    def _make_engine(self, draft: Draft) -> None:
+        order = self._order(draft.path, draft.key)
+        stamp = workspace.require(self._quantized, "checkpoint")
+        build_stage.build(order, Checkpoint.open(self._quantized), checkpoint_key=stamp.key)
+
+    @property
+    def _quantized(self) -> Path:
+        return self.folder / "checkpoint"
+
+    def _order(self, out: Path, key: str) -> Order:
+        """The engine to be built; a foreign builder's words go to ``WORK/RECIPE/build.log``."""
+        source = self.folder / self.names[self.names.index("engine") - 1]
+        return Order(self.plan, source, out, self.progress, key, self.host, self.folder / "build.log")
+
+    def _make_repository(self, draft: Draft) -> None:
         hashes = package_stage.package(Engine.open(self.folder / "engine"), draft.path)
         for file, digest in hashes.items():
             draft.known_hash(file, digest)

@@ -64,7 +64,7 @@ class Plan:
         return "fp16" if self.backend == "openvino" else self.kv.name
 
     def slice(self, stage: str) -> dict[str, Any]:
-        """The plain-JSON inputs that the key of ``quantize``, ``build`` or ``package`` depends on.
+        """The plain-JSON inputs that the key of ``quantize``, ``convert``, ``build`` or ``package`` depends on.
 
         ``quantize`` has no dtype: a checkpoint keeps the model's own; how it is calibrated is in it only where it is.
         ``package`` is short because its key also holds the engine's, which carries the rest. Raises ValueError for
@@ -74,6 +74,8 @@ class Plan:
         if stage == "quantize":
             scales = self.recipe.quantization.scales if self.group_size else None
             return {**weights, "scales": scales, "kv": self.checkpoint_kv, **self._how()}
+        if stage == "convert":
+            return {"tp": self.tp, "pp": self.pp, "kv": self.kv.name}
         runtime = {
             "recipe": self.recipe.name,
             "backend": self.backend,
@@ -91,7 +93,7 @@ class Plan:
             return {**runtime, **weights, **parallel, **fmha, **place}
         if stage == "package":
             return {"recipe": self.recipe.name, "services": self.services}
-        raise ValueError(f"no stage {stage!r}: quantize, build or package")
+        raise ValueError(f"no stage {stage!r}: quantize, convert, build or package")
 
     def _how(self) -> dict[str, Any]:
         """What the bits of the checkpoint depend on beyond the scheme; empty for what needs no text and no choice."""

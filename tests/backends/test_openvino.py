@@ -86,7 +86,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
             model, stored = VARIANTS[variant]
             folder = tmp_path_factory.mktemp(variant)
             source = write_quantized(random_llama(**model), folder / "quantized", **stored)
-            backend.build(Checkpoint.open(source.path), folder / "engine", Silent())
+            backend.write(Checkpoint.open(source.path), folder / "engine", Silent())
             made[variant] = Built(source, folder / "engine")
         return made[variant]
 
@@ -140,7 +140,7 @@ def test_engine_computes_what_our_own_tensors_stand_for(
     folder = request.getfixturevalue("random_llama")(dtype="bfloat16", initializer_range=0.08)
     chosen = WAYS.get(way) or {"weights": "int8", "group_size": 128, "scales": "mse", "kv": "fp16"}
     made = calibrate(folder, tmp_path / "quantized", **chosen)
-    backend.build(Checkpoint.open(made), tmp_path / "engine", Silent())
+    backend.write(Checkpoint.open(made), tmp_path / "engine", Silent())
     ids = np.random.default_rng(0).integers(3, 320, (2, 40))
     logits = Stateful(tmp_path / "engine")(ids, np.ones((2, 40), np.int64), span(2, 0, 40))
     expected = stand_for(made, folder, torch.from_numpy(ids)).numpy()

@@ -30,7 +30,7 @@ def folder(tmp_path: Path, weights: str, **stored: object) -> QuantizedFolder:
 
 
 def build(source: QuantizedFolder, out: Path) -> Path:
-    backend.build(Checkpoint.open(source.path), out, Silent())
+    backend.write(Checkpoint.open(source.path), out, Silent())
     return out
 
 
@@ -235,7 +235,7 @@ def peak_mib():
 
 checkpoint = Checkpoint.open(Path(sys.argv[1]))
 before = peak_mib()
-backend.build(checkpoint, Path(sys.argv[2]), Silent())
+backend.write(checkpoint, Path(sys.argv[2]), Silent())
 print(peak_mib() - before)
 """
 

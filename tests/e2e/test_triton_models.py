@@ -78,7 +78,7 @@ def make_engine(model: Path, target: Path) -> Engine:
     checkpoint = Checkpoint.open(model)
     config = checkpoint.config
     with workspace.draft(target, "engine", {}) as draft:
-        openvino.build(checkpoint, draft.path, Silent())
+        openvino.write(checkpoint, draft.path, Silent())
         passport = Passport(
             backend="openvino",
             recipe="parrot",

@@ -61,7 +61,7 @@ def test_the_cpu_engine_and_a_reader_of_the_documentation_give_the_same_logits(
     made = calibrate(model, tmp_path / "made", **choices)
     ids = torch.from_numpy(random_samples(2, 64, seed=3).token_ids).long()
     expected = logits_of(model_of(made), ids)
-    backend.build(Checkpoint.open(made), tmp_path / "engine", Silent())
+    backend.write(Checkpoint.open(made), tmp_path / "engine", Silent())
     found = Stateful(tmp_path / "engine")(ids.numpy(), np.ones((2, 64), np.int64), span(2, 0, 64))
     np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=TOLERANCE)
     exact = logits_of(load(model, torch.float32), ids)

@@ -48,7 +48,7 @@ def answers(source: QuantizedFolder, work: Path, eos: Any, stops: Callable[[tupl
     config = json.loads((folder / "config.json").read_text()) | {"bos_token_id": 7, "eos_token_id": None}
     (folder / "config.json").write_text(json.dumps(config))
     checkpoint = Checkpoint.open(folder)
-    backend.build(checkpoint, work / "engine", Silent())
+    backend.write(checkpoint, work / "engine", Silent())
     end_ids = checkpoint.config.eos_token_ids
     passport = {
         "limits": {"max_batch_size": 2},

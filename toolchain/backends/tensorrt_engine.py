@@ -1,70 +1,100 @@
-"""The TensorRT-LLM engine lane. This release knows what it needs of a machine, and ends before ``trtllm-build``.
+"""The TensorRT-LLM engine: ``trtllm-build`` on a GPU of its own kind, from a TensorRT-LLM checkpoint.
 
-Everything up to here (plan, quantized checkpoint) is done on any machine; the engine itself can only be built on a GPU
-of its own kind. Writing TensorRT-LLM checkpoints and driving ``trtllm-build`` is not part of this release, and it says
-so rather than pretending: see CHANGELOG.md.
+The checkpoint is written on any machine (``tensorrt_llm``), the builder's command comes from ``build_flags``, and a
+``Host`` runs it. scalellm's authors had no GPU with TensorRT-LLM: this is written against its source text.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from toolchain import runner
-from toolchain.checkpoint import Checkpoint
+from toolchain import build_flags
+from toolchain.backends import Order
 from toolchain.errors import ToolError
+from toolchain.host import EngineJob
 from toolchain.plan import Plan
-from toolchain.progress import Progress
 
 name = "tensorrt_engine"
-VERSION = "0"
+VERSION = "1"
+
+_FROM_CHECKPOINT = ("config.json",)
+"""Files of the TensorRT-LLM checkpoint that are not the tokenizer's; the builder writes its own of the first."""
 
 
-def visible_gpus() -> list[tuple[str, int]]:
-    """(name, SM) of each GPU that ``nvidia-smi`` shows, such as ``("NVIDIA GeForce RTX 4090", 89)``; empty without one.
+def inputs(plan: Plan) -> dict[str, Any]:
+    """The builder's command: an engine with other flags is another engine. Raises PlanError where it would refuse."""
+    return {"argv": list(build_flags.command(plan, Path("CHECKPOINT"), Path("ENGINE")))}
 
-    Query field ``compute_cap``: https://docs.nvidia.com/deploy/nvidia-smi/ (2026-11-01).
+
+def lacks(order: Order) -> tuple[str, ...]:
+    """What the order's host lacks."""
+    assert order.host is not None  # the pipeline names one for this backend
+    return order.host.lacks(job(order))
+
+
+def job(order: Order) -> EngineJob:
+    """The order as a host takes it."""
+    plan = order.plan
+    assert plan.release is not None  # choose_release has refused this backend without one
+
+    def argv(checkpoint: str, out: str) -> tuple[str, ...]:
+        return build_flags.command(plan, Path(checkpoint), Path(out))
+
+    gpus = plan.tp * plan.pp
+    return EngineJob(plan.recipe.name, plan.release, plan.device, gpus, order.source, order.out, argv, order.key)
+
+
+def build(order: Order) -> None:
+    """Let the host run ``trtllm-build``; then the tokenizer's files come from the checkpoint.
+
+    Raises ToolError when the builder fails, or leaves less than ``config.json`` and a file for each rank.
     """
-    if shutil.which("nvidia-smi") is None:
-        return []
-    try:
-        done = runner.run(["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"], timeout_s=20)
-    except ToolError:
-        return []
-    rows = [line.rsplit(",", 1) for line in done.stdout.splitlines() if "," in line]
-    return [(gpu.strip(), round(float(cap) * 10)) for gpu, cap in rows if cap.strip().replace(".", "").isdigit()]
+    assert order.host is not None
+    assert order.log is not None
+    wanted = job(order)
+    _clear(order.out)
+    order.host.build(wanted, order.log, order.progress)
+    missing = [file for file in ("config.json", *ranks(wanted.gpus)) if not (order.out / file).is_file()]
+    if missing:
+        raise ToolError(
+            f"{build_flags.PROGRAM} ended well and left no {', '.join(missing)}", hint=f"The whole log: {order.log}"
+        )
+    for file in order.source.iterdir():
+        if file.is_file() and file.name not in _FROM_CHECKPOINT and file.suffix != ".safetensors":
+            _take(file, order.out)
 
 
-def missing_gpu(plan: Plan) -> list[str]:
-    """One line if no GPU of the plan's compute capability is visible here, else none."""
-    gpus = visible_gpus()
-    if any(sm == plan.device.sm for _, sm in gpus):
-        return []
-    seen = ", ".join(f"{gpu} (SM {sm})" for gpu, sm in gpus) or "no GPU"
-    return [f"a GPU of SM {plan.device.sm}, such as the {plan.device.title}: this machine has {seen}"]
-
-
-def lacks(plan: Plan) -> tuple[str, ...]:
-    """The GPU, the builder, and the lane itself."""
-    missing = missing_gpu(plan)
-    if shutil.which("trtllm-build") is None:
-        version = plan.release.version if plan.release else "the recipe's release"
-        missing.append(f"trtllm-build of TensorRT-LLM {version}: it is not on PATH")
-    missing.append(f"the engine lane of scalellm itself: {name} ends at the quantized checkpoint in this release")
-    return tuple(missing)
-
-
-def build(checkpoint: Checkpoint, out: Path, progress: Progress) -> None:
-    """Never reached in this release: ``lacks`` is never empty."""
-    raise ToolError(f"{name}: this release ends at the quantized checkpoint", hint=f"It lies in {checkpoint.path}")
+def ranks(count: int) -> tuple[str, ...]:
+    """The files of an engine's ranks (TensorRT-LLM tensorrt_llm/builder.py @0.12 to 1.2)."""
+    return tuple(f"rank{rank}.engine" for rank in range(count))
 
 
 def runtime(plan: Plan) -> dict[str, Any]:
-    """Settings of the serving runtime; none before there is an engine."""
-    return {}
+    """What the C++ backend of Triton is told."""
+    return {
+        "max_tokens_in_paged_kv_cache": plan.max_kv_tokens,
+        "enable_kv_cache_reuse": plan.paged_context_fmha,
+        "enable_chunked_context": plan.paged_context_fmha,
+    }
 
 
 def versions() -> dict[str, str]:
-    """No foreign library is used yet."""
+    """None of this machine: the passport names the release, and the engine's own config.json says it again."""
     return {}
+
+
+def _clear(out: Path) -> None:
+    """What an interrupted build left in the draft folder is no engine."""
+    for left in ("config.json", *(file.name for file in out.glob("rank*"))):
+        (out / left).unlink(missing_ok=True)
+
+
+def _take(file: Path, out: Path) -> None:
+    if file.name.startswith("stamp"):
+        return
+    shutil.copyfile(file, out / file.name)
+    with (out / file.name).open("rb") as stream:
+        os.fsync(stream.fileno())

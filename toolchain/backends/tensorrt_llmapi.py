@@ -6,30 +6,33 @@ writing its Triton repository is not part of this release, and it says so: see C
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from toolchain.backends.tensorrt_engine import missing_gpu
-from toolchain.checkpoint import Checkpoint
+from toolchain.backends import Order
 from toolchain.errors import ToolError
+from toolchain.gpu import missing_gpu
 from toolchain.plan import Plan
-from toolchain.progress import Progress
 
 name = "tensorrt_llmapi"
 VERSION = "0"
 
 
-def lacks(plan: Plan) -> tuple[str, ...]:
+def inputs(plan: Plan) -> dict[str, Any]:
+    """Nothing beyond the plan's slice."""
+    return {}
+
+
+def lacks(order: Order) -> tuple[str, ...]:
     """The GPU, and the lane itself."""
     return (
-        *missing_gpu(plan),
+        *missing_gpu(order.plan.device.sm, order.plan.device.title),
         f"the {name} lane of scalellm itself: it ends at the quantized checkpoint in this release",
     )
 
 
-def build(checkpoint: Checkpoint, out: Path, progress: Progress) -> None:
+def build(order: Order) -> None:
     """Never reached in this release: ``lacks`` is never empty."""
-    raise ToolError(f"{name}: this release ends at the quantized checkpoint", hint=f"It lies in {checkpoint.path}")
+    raise ToolError(f"{name}: this release ends at the quantized checkpoint", hint=f"It lies in {order.source}")
 
 
 def runtime(plan: Plan) -> dict[str, Any]:

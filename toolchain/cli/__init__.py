@@ -24,13 +24,13 @@ from toolchain.errors import ScalellmError
 def verbs() -> None:
     """Put an LLM on the GPU that you have: one YAML recipe becomes a running, measured service.
 
-    The stages: plan, quantize, build, package, serve. `build` runs whatever is stale before it and emits the Triton
-    model repository.
+    The stages: plan, quantize, convert, build, package, serve. `build` runs whatever is stale before it and emits the
+    Triton model repository.
     """
 
 
 for _verb in (
-    *(making.plan, making.commands, making.quantize, making.build, making.package),
+    *(making.plan, making.commands, making.quantize, making.convert, making.build, making.package),
     *(serving.serve, serving.infer),
     *(finding.recipes, finding.inspect, finding.import_, finding.doctor, finding.completion),
 ):
@@ -39,7 +39,7 @@ for _verb in (
 
 def _interrupted(argv: list[str]) -> str:
     """What to say after Ctrl-C: for a verb that makes artifacts, the command that continues."""
-    if not {"quantize", "build", "package"} & set(argv[:1]):
+    if not {"quantize", "convert", "build", "package"} & set(argv[:1]):
         return "interrupted"
     return f"interrupted; finished work is kept. Continue with:\n  {shlex.join(['scalellm', *argv])}"
 

@@ -92,6 +92,17 @@ def place_flags(function: Function) -> Function:
     return function
 
 
+def host_flag(function: Function) -> Function:
+    """``--on``: where a TensorRT-LLM engine is built. It changes no artifact's key."""
+    return click.option(
+        "--on",
+        default="local",
+        show_default=True,
+        metavar="HOST",
+        help="Where trtllm-build runs; only for TensorRT-LLM engines.",
+    )(function)
+
+
 def complete_recipe(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
     from toolchain.recipe import available
 
@@ -106,9 +117,10 @@ def open_screen(json_output: bool, verbose: int) -> Screen:
     return screen
 
 
-def open_job(screen: Screen, recipe: str, model: str | None, work: Path, **place: Any) -> Job:
+def open_job(screen: Screen, recipe: str, model: str | None, work: Path, *, on: str = "local", **place: Any) -> Job:
+    from toolchain import hosts
     from toolchain.pipeline import Job
     from toolchain.quantizers.place import Place
     from toolchain.recipe import load_recipe
 
-    return Job(load_recipe(recipe), model, work, screen, Place(**place))
+    return Job(load_recipe(recipe), model, work, screen, Place(**place), hosts.load(on))

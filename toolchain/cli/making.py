@@ -1,4 +1,4 @@
-"""The verbs that plan and make: plan, commands, quantize, build, package."""
+"""The verbs that plan and make: plan, commands, quantize, convert, build, package."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from toolchain.cli.flags import common, open_job, open_screen, place_flags, recipe_flags, stage_flags
+from toolchain.cli.flags import common, host_flag, open_job, open_screen, place_flags, recipe_flags, stage_flags
 
 if TYPE_CHECKING:
     from toolchain.console import Screen
@@ -87,6 +87,20 @@ def quantize(**flags: Any) -> None:
 @click.command()
 @stage_flags
 @place_flags
+def convert(**flags: Any) -> None:
+    """Write the TensorRT-LLM checkpoint that trtllm-build takes, from the quantized checkpoint. Needs no GPU.
+
+    \b
+    Example:
+      scalellm convert --recipe rtx4090 --model ./Llama-2-13b-chat-hf
+    """
+    _run("trtllm-checkpoint", **flags)
+
+
+@click.command()
+@stage_flags
+@place_flags
+@host_flag
 def build(**flags: Any) -> None:
     """Plan, quantize, build the engine and emit the Triton model repository; skip what is fresh.
 
@@ -136,10 +150,8 @@ def _run(
 
 def _run_job(screen: Screen, job: Job, until: str, explain: bool) -> None:
     """Make what is stale up to ``until``, or with ``explain`` only say what that would be."""
-    from toolchain.pipeline import NAMES
-
     if explain:
-        states = [state for state in job.states() if NAMES.index(state.name) <= NAMES.index(until)]
+        states = [state for state in job.states() if job.names.index(state.name) <= job.names.index(until)]
         screen.emit([{**vars(state), "stage": state.stage} for state in states])
         for state in states:
             screen.say(_explain(state))

@@ -5,53 +5,53 @@ from __future__ import annotations
 from typing import Any
 
 from toolchain import backends
+from toolchain.backends import Order
 from toolchain.checkpoint import Checkpoint
 from toolchain.engine import Passport, write_passport
 from toolchain.errors import ToolError
 from toolchain.plan import Plan
-from toolchain.progress import Progress
-from toolchain.workspace import Draft
 
 
-def inputs(plan: Plan, checkpoint_key: str) -> dict[str, Any]:
+def inputs(plan: Plan, source_key: str) -> dict[str, Any]:
     """What the engine depends on, as plain JSON: its key is the hash of this."""
     backend = backends.load(plan.backend)
     return {
         **plan.slice("build"),
+        **backend.inputs(plan),
         "backend_version": backend.VERSION,
-        "checkpoint": checkpoint_key,
+        "checkpoint": source_key,
     }
 
 
-def refuse_if_lacking(plan: Plan, checkpoint: str, continue_with: str) -> None:
-    """Raise ToolError, naming all that this machine lacks for the plan's engine and how to go on elsewhere.
+def refuse_if_lacking(order: Order, continue_with: str) -> None:
+    """Raise ToolError, naming all that is missing for the engine and how to go on elsewhere.
 
-    ``checkpoint`` is the folder of the finished quantized checkpoint, ``continue_with`` the commands for the machine
-    that has what is missing.
+    ``continue_with`` holds the commands for the machine that has what is missing.
     """
-    lacking = backends.load(plan.backend).lacks(plan)
+    lacking = backends.load(order.plan.backend).lacks(order)
     if lacking:
+        where = "on this machine" if order.host is None or order.host.name == "local" else f"on {order.host.name}"
         raise ToolError(
-            f"{plan.recipe.name}: the {plan.backend} engine cannot be built on this machine. It lacks:\n"
+            f"{order.plan.recipe.name}: the {order.plan.backend} engine cannot be built {where}. It lacks:\n"
             + "\n".join(f"  - {what}" for what in lacking)
-            + f"\nNothing is lost: the plan is made and the quantized checkpoint lies in {checkpoint}",
+            + f"\nNothing is lost: the plan is made and what the engine is built from lies in {order.source}",
             hint=continue_with,
         )
 
 
-def build(plan: Plan, checkpoint: Checkpoint, draft: Draft, *, checkpoint_key: str, progress: Progress) -> None:
-    """Write the engine of ``checkpoint`` and its passport into ``draft``.
+def build(order: Order, checkpoint: Checkpoint, *, checkpoint_key: str) -> None:
+    """Write the engine and its passport into the order's draft folder.
 
-    Raises ToolError when the backend's own tools fail, ArtifactError for a damaged checkpoint.
+    ``checkpoint`` is the quantized one. Raises ToolError when the backend's own tools fail, ArtifactError for a damaged
+    checkpoint.
     """
-    backend = backends.load(plan.backend)
-    backend.build(checkpoint, draft.path, progress)
-    write_passport(draft.path, passport(plan, checkpoint, checkpoint_key))
+    backends.load(order.plan.backend).build(order)
+    write_passport(order.out, passport(order.plan, checkpoint, checkpoint_key))
 
 
 def passport(plan: Plan, checkpoint: Checkpoint, checkpoint_key: str) -> Passport:
     """What the engine is, for whoever packages, serves or deploys it."""
-    config = checkpoint.config
+    config, release = checkpoint.config, plan.release
     backend = backends.load(plan.backend)
     return Passport(
         backend=plan.backend,
@@ -70,4 +70,10 @@ def passport(plan: Plan, checkpoint: Checkpoint, checkpoint_key: str) -> Passpor
         runtime=backend.runtime(plan),
         versions=backend.versions(),
         checkpoint=checkpoint_key,
+        release=release.version if release else None,
+        tensorrt=release.tensorrt if release else None,
+        container=release.container if release else None,
+        tp=plan.tp,
+        pp=plan.pp,
+        argv=tuple(backend.inputs(plan).get("argv", ())),
     )

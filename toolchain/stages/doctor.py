@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolchain import workspace
-from toolchain.backends.tensorrt_engine import visible_gpus
 from toolchain.errors import ScalellmError
+from toolchain.gpu import visible_gpus
 from toolchain.servers.triton import bundled
 from toolchain.servers.triton.locate import find_server
 from toolchain.units import GIB, format_bytes

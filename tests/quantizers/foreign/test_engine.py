@@ -29,7 +29,7 @@ def written(kind: str, folder: Path) -> Written:
 def test_logits_are_those_of_the_foreign_weights(tmp_path, kind):
     source = written(kind, tmp_path / kind)
     target = adopt(source.path, tmp_path / "out")
-    backend.build(Checkpoint.open(target), tmp_path / "engine", Silent())
+    backend.write(Checkpoint.open(target), tmp_path / "engine", Silent())
     ids = tokens(2, 40)
     found = Stateful(tmp_path / "engine")(ids, np.ones((2, 40), np.int64), span(2, 0, 40))
     expected = logits_of(source.reference(), ids)

@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from toolchain.backends import Order
 from toolchain.backends.openvino.graph import write_llama
 from toolchain.backends.openvino.ir import IrWriter
 from toolchain.backends.openvino.runtime import settings
@@ -30,7 +31,12 @@ MODEL_FILE = "openvino_model.xml"
 _PACKAGES = {"openvino": "openvino", "openvino_genai": "openvino-genai"}
 
 
-def lacks(plan: Plan) -> tuple[str, ...]:
+def inputs(plan: Plan) -> dict[str, Any]:
+    """Nothing beyond the plan's slice."""
+    return {}
+
+
+def lacks(order: Order) -> tuple[str, ...]:
     """The Python packages that are not installed."""
     return tuple(
         f"the Python package {package}: pip install 'scalellm-toolchain[cpu]'"
@@ -39,7 +45,12 @@ def lacks(plan: Plan) -> tuple[str, ...]:
     )
 
 
-def build(checkpoint: Checkpoint, out: Path, progress: Progress) -> None:
+def build(order: Order) -> None:
+    """Write the engine of the order's quantized checkpoint; see ``write``."""
+    write(Checkpoint.open(order.source), order.out, order.progress)
+
+
+def write(checkpoint: Checkpoint, out: Path, progress: Progress) -> None:
     """Write ``openvino_model.xml`` and ``.bin``, ``config.json`` and the tokenizer's files into ``out``, fsynced.
 
     Raises ArtifactError naming the file where the checkpoint is damaged, ToolError if OpenVINO refuses the result.

@@ -1,0 +1,29 @@
+"""Write the TensorRT-LLM checkpoint that ``trtllm-build`` takes, from the quantized one. Rounds nothing again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from toolchain.backends import tensorrt_llm
+from toolchain.checkpoint import Checkpoint
+from toolchain.plan import Plan
+from toolchain.progress import Progress
+from toolchain.workspace import Draft
+
+VERSION = "1"
+"""Raised when the same quantized checkpoint would give other files."""
+
+
+def inputs(plan: Plan, checkpoint_key: str) -> dict[str, Any]:
+    """What the files depend on, as plain JSON: their key is the hash of this."""
+    return {**plan.slice("convert"), "convert_version": VERSION, "checkpoint": checkpoint_key}
+
+
+def convert(plan: Plan, checkpoint: Checkpoint, draft: Draft, *, progress: Progress) -> None:
+    """Write ``config.json`` and a file for each of tp x pp ranks into ``draft``.
+
+    Raises PlanError with every reason why this checkpoint cannot be written so, ArtifactError for too little room.
+    """
+    hashes = tensorrt_llm.write(checkpoint, draft.path, tp=plan.tp, pp=plan.pp, kv=plan.kv.name, progress=progress)
+    for file, digest in hashes.items():
+        draft.known_hash(file, digest)
