@@ -205,7 +205,7 @@ def test_limits_that_cannot_be_read_and_a_memory_that_does_not_do_are_refused(tm
     assert "'plenty' is not a size; write it as 8GiB" in done.stderr
     done = scalellm(*argv, "--device", "tpu")
     assert done.returncode == 2
-    assert "--device tpu: there are auto, cpu, cuda and cuda:N" in done.stderr
+    assert "--quantize-on tpu: there are auto, cpu, cuda and cuda:N" in done.stderr
     done = scalellm(*argv, "--device", "cpu", "--max-ram", "32MiB")
     assert done.returncode == 3
     assert "quantize needs at least" in done.stderr

@@ -120,7 +120,7 @@ def test_recipe_with_five_mistakes_reports_all_five_with_their_lines(tmp_path: P
         (GOOD + "tensorrt_llm: 1.2\n", "tensorrt_llm: must be text (put it in quotes), not 1.2"),
         (GOOD + 'tensorrt_llm: "1.2.2"\n', "(did you mean '1.2.1'?)"),
         (GOOD + "backend: tensorrt-engine\n", "(did you mean 'tensorrt_engine'?)"),
-        (GOOD + "kv_cache: {dtype: f8}\n", "is not one of fp16, int8, fp8, fp32 (did you mean 'fp8'?)"),
+        (GOOD + "kv_cache: {dtype: f8}\n", "is not one of fp16, auto, int8, fp8, fp32 (did you mean 'fp8'?)"),
         (GOOD + "kv_cache: {size: lots}\n", "kv_cache.size: 'lots' is not a size; write it as 2GiB"),
         (GOOD + f"kv_cache: {{size: '{'9' * 400}GiB'}}\n", "is not a size"),
         (GOOD + "kv_cache: {size: 1GiB, max_tokens: 4096}\n", "give max_tokens or size, not both"),
@@ -351,9 +351,9 @@ def test_schema_describes_every_key_and_takes_no_others() -> None:
 
 def test_choices_of_the_schema_are_those_of_the_facts() -> None:
     parts = schema()["$defs"]
-    assert set(parts["Quantization"]["properties"]["weights"]["enum"]) == set(WEIGHTS)
+    assert set(parts["Quantization"]["properties"]["weights"]["enum"]) == {*WEIGHTS, "auto"}
     assert set(parts["Quantization"]["properties"]["method"]["enum"]) == set(METHODS)
-    assert set(parts["KvCache"]["properties"]["dtype"]["enum"]) == set(KV)
+    assert set(parts["KvCache"]["properties"]["dtype"]["enum"]) == {*KV, "auto"}
     assert set(parts["Quantization"]["properties"]["group_size"]["enum"]) == set(WEIGHTS["int4"].group_sizes)
     assert set(schema()["properties"]["backend"]["anyOf"][0]["enum"]) == set(backends())
     assert schema()["properties"]["device"]["anyOf"][0]["enum"] == list(devices())
@@ -368,6 +368,9 @@ def _values(node: dict[str, Any]) -> st.SearchStrategy[Any]:
     if "enum" in node:
         return st.sampled_from(node["enum"])
     kind = node.get("type")
+    if kind == "object" and "properties" not in node:
+        keys = st.sampled_from([*devices(), "RTX 4090", "no device"])
+        return st.dictionaries(keys, _values(node["additionalProperties"]), max_size=2)
     if kind == "object":
         required = {k: _values(v) for k, v in node["properties"].items() if k in node.get("required", [])}
         optional = {k: _values(v) for k, v in node["properties"].items() if k not in required}

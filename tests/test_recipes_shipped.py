@@ -34,7 +34,7 @@ def planned(name: str) -> Plan:
 
 
 def test_these_recipes_ship() -> None:
-    assert set(NAMES) == {"rtx4090", "l4", "t4", "a100", "a100-x3", "h100", "cpu", "tiny"}
+    assert set(NAMES) == {"rtx4090", "l4", "t4", "a100", "a100-x3", "h100", "cpu", "tiny", "llama2-13b"}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -21,6 +21,7 @@ from toolchain.quantization import KV, WEIGHTS, KvScheme, WeightScheme
 from toolchain.recipe import Recipe
 from toolchain.release import Release, backends
 from toolchain.units import MIB, format_bytes, parse_bytes
+from toolchain.variant import settle
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,11 @@ def make_plan(recipe: Recipe, config: LlamaConfig, *, host_memory_bytes: int | N
     """
     notes = Notes()
     target = device(recipe.device)
+    recipe, chosen = settle(recipe)
     notes.decide("device", target.name, f"{target.title}{rules.with_sm(target)}, {target.arch}")
     backend = rules.choose_backend(recipe, target, notes)
+    for choice in chosen:
+        notes.decide(choice.key, choice.value, choice.reason, backends()[backend].source)
     weights, kv = WEIGHTS[recipe.quantization.weights], KV[recipe.kv_cache.dtype]
     rules.check_formats(weights, kv, target, backend, notes)
     release = rules.choose_release(recipe, weights, kv, target, backend, notes)

@@ -83,9 +83,10 @@ def _offer_releases(schema: dict[str, Any]) -> None:
 class Quantization(Section):
     """How the linear layers' weights are stored. Embeddings, norms and head keep the model's own dtype."""
 
-    weights: Literal["none", "fp8", "int4", "int8", "int8_sq", "int4_fp8"] = Field(
+    weights: Literal["none", "auto", "fp8", "int4", "int8", "int8_sq", "int4_fp8"] = Field(
         default="none",
-        description="none: as they are. fp8: e4m3, one scale per matrix; needs SM 8.9 or newer. "
+        description="none: as they are. auto: fp8 where the device multiplies it, else int4 by awq. "
+        "fp8: e4m3, one scale per matrix; needs SM 8.9 or newer. "
         "int4: symmetric, one scale per group of input channels, 16-bit activations (W4A16). "
         "int8: symmetric, one scale per output channel, 16-bit activations (W8A16). "
         "int8_sq: SmoothQuant, int8 weights and activations (W8A8); calibrated; needs SM 8.0 or newer. "
@@ -149,9 +150,10 @@ class Calibration(Section):
 class KvCache(Section):
     """How keys and values are kept between steps, and how many."""
 
-    dtype: Literal["fp16", "int8", "fp8", "fp32"] = Field(
+    dtype: Literal["fp16", "auto", "int8", "fp8", "fp32"] = Field(
         default="fp16",
-        description="fp16: 16 bits, the model's own dtype. int8: in TensorRT-LLM engines static, one scale per layer; "
+        description="auto: the smallest that the device and the backend have. "
+        "fp16: 16 bits, the model's own dtype. int8: in TensorRT-LLM engines static, one scale per layer; "
         "with openvino it means the u8 cache, whose scales are made while running (per token for values, per "
         "channel and block of tokens for keys), so nothing is calibrated. fp8: needs SM 8.9 or newer. "
         "fp32: only with device cpu, for comparisons.",
@@ -214,6 +216,22 @@ class Cpu(Section):
     )
 
 
+class Overrides(Section):
+    """What a recipe says otherwise for one device. Keys that are not given stay as they are."""
+
+    backend: Literal["tensorrt_engine", "tensorrt_llmapi", "openvino"] | None = Field(
+        default=None, description="What runs the engine there."
+    )
+    tensorrt_llm: Annotated[str, AfterValidator(_known_release)] | None = Field(
+        default=None, description="The release that is pinned there."
+    )
+    quantization: Quantization | None = Field(default=None, description="How weights are stored there.")
+    kv_cache: KvCache | None = Field(default=None, description="The cache there.")
+    limits: RecipeLimits | None = Field(default=None, description="How many sequences, and how long, there.")
+    parallel: Parallel | None = Field(default=None, description="Split over several GPUs there.")
+    services: Few | None = Field(default=None, description="Copies of the service there.")
+
+
 class Recipe(Section):
     """One LLM service: the model, the device, and how it is quantized."""
 
@@ -247,6 +265,9 @@ class Recipe(Section):
     services: Few = Field(default=1, description="Copies of the service on the same device.")
     serve: Serve = Field(default=Serve(), description="Where the server listens.")
     cpu: Cpu = Field(default=Cpu(), description="Settings of the openvino backend.")
+    per_device: dict[Annotated[str, AfterValidator(_known_device)], Overrides] = Field(
+        default={}, description="What is otherwise on one device, for builds with --device DEVICE,DEVICE."
+    )
 
     _text: str = PrivateAttr("")
     _path: Path = PrivateAttr(Path())
@@ -259,6 +280,11 @@ class Recipe(Section):
     @property
     def path(self) -> Path:
         return self._path
+
+    def from_file(self, text: str, path: Path) -> Recipe:
+        """This recipe, remembering the file that it came from."""
+        self._text, self._path = text, path
+        return self
 
 
 @functools.cache
@@ -323,15 +349,14 @@ def parse_recipe(text: str, path: Path) -> Recipe:
     if data is not None:
         data.setdefault("name", path.stem)
         recipe = tree.validate(data, Recipe)
-        for where, message in _contradictions(data):
+        for where, message in contradictions(data):
             tree.complain(where, message)
     if tree.problems or recipe is None:
         raise tree.error("Every key and its choices: scalellm recipes schema")
-    recipe._text, recipe._path = text, path
-    return recipe
+    return recipe.from_file(text, path)
 
 
-def _contradictions(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+def contradictions(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     """Keys that are sound alone and not together. Looks at raw data: it also speaks when other keys are wrong."""
     quantization, kv, limits, serve = (_section(data, key) for key in ("quantization", "kv_cache", "limits", "serve"))
     yield from _quantization_contradictions(quantization)

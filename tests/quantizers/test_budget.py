@@ -176,7 +176,7 @@ def test_an_unknown_device_is_refused(device: str) -> None:
 def test_a_gpu_that_is_not_there_is_refused_by_what_torch_sees(
     random_llama: Callable[..., Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(PlanError, match=r"--device cuda:99: torch .* sees") as caught:
+    with pytest.raises(PlanError, match=r"--quantize-on cuda:99: torch .* sees") as caught:
         calibrate(random_llama(), tmp_path / "out", place=Place("cuda:99"), **WAYS["fp8"])
-    assert "--device cpu" in caught.value.hint
+    assert "--quantize-on cpu" in caught.value.hint
     assert not list(tmp_path.glob("out*"))

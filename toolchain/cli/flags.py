@@ -73,33 +73,55 @@ def _size(_ctx: click.Context, param: click.Parameter, text: str | None) -> int 
         raise click.BadParameter(str(error), param=param) from error
 
 
-def place_flags(function: Function) -> Function:
-    """``--device``, ``--max-ram`` and ``--max-vram``: where weights are quantized. They change no artifact's key."""
-    for option in (
-        click.option(
-            "--max-vram", callback=_size, metavar="SIZE", help="Take no more of the GPU's memory, such as 14GiB."
-        ),
-        click.option("--max-ram", callback=_size, metavar="SIZE", help="Quantize within this memory, such as 8GiB."),
-        click.option(
-            "--device",
-            default="auto",
-            show_default=True,
-            metavar="auto|cpu|cuda[:N]",
-            help="Where to quantize; auto: the GPU if torch sees one.",
-        ),
-    ):
-        function = option(function)
-    return function
+def place_flags(*names: str) -> Callable[[Function], Function]:
+    """``--quantize-on``, ``--max-ram`` and ``--max-vram``: where weights are quantized. They change no artifact's key.
+
+    ``names``: what else the first is called.
+    """
+
+    def decorate(function: Function) -> Function:
+        for option in (
+            click.option(
+                "--max-vram", callback=_size, metavar="SIZE", help="Take no more of the GPU's memory, such as 14GiB."
+            ),
+            click.option(
+                "--max-ram", callback=_size, metavar="SIZE", help="Quantize within this memory, such as 8GiB."
+            ),
+            click.option(
+                "--quantize-on",
+                *names,
+                "quantize_on",
+                default="auto",
+                show_default=True,
+                metavar="auto|cpu|cuda[:N]",
+                help="Where to quantize; auto: the GPU if torch sees one.",
+            ),
+        ):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def targets_flag(function: Function) -> Function:
+    """``--device``: the devices to build for, instead of the recipe's."""
+    return click.option(
+        "--device",
+        "targets",
+        callback=lambda _ctx, _param, text: tuple(one.strip() for one in text.split(",")) if text else (None,),
+        metavar="DEVICE[,DEVICE]",
+        help="Build for these devices instead of the recipe's; they share checkpoints of equal formats.",
+    )(function)
 
 
 def host_flag(function: Function) -> Function:
-    """``--on``: where a TensorRT-LLM engine is built. It changes no artifact's key."""
+    """``--on``: where TensorRT-LLM engines are built. It changes no artifact's key."""
     return click.option(
         "--on",
-        default="local",
-        show_default=True,
-        metavar="HOST",
-        help="Where trtllm-build runs; only for TensorRT-LLM engines.",
+        multiple=True,
+        metavar="[DEVICE=]HOST",
+        help="Where trtllm-build runs; only for TensorRT-LLM engines. Several times for several devices. "
+        "[default: local]",
     )(function)
 
 
@@ -117,10 +139,23 @@ def open_screen(json_output: bool, verbose: int) -> Screen:
     return screen
 
 
-def open_job(screen: Screen, recipe: str, model: str | None, work: Path, *, on: str = "local", **place: Any) -> Job:
+def open_job(
+    screen: Screen,
+    recipe: str,
+    model: str | None,
+    work: Path,
+    *,
+    target: str | None = None,
+    on: tuple[str, ...] = (),
+    quantize_on: str = "cpu",
+    **place: Any,
+) -> Job:
+    """The job behind the flags; of several ``on``, the last that names the target or no device counts."""
     from toolchain import hosts
     from toolchain.pipeline import Job
     from toolchain.quantizers.place import Place
     from toolchain.recipe import load_recipe
 
-    return Job(load_recipe(recipe), model, work, screen, Place(**place), hosts.load(on))
+    hosts_here = [host for device, _, host in (one.rpartition("=") for one in on) if device in ("", target)]
+    host = hosts.load(hosts_here[-1] if hosts_here else "local")
+    return Job(load_recipe(recipe), model, work, screen, Place(quantize_on, **place), host, target)

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from toolchain.cli.flags import common, host_flag, open_job, open_screen, place_flags, recipe_flags, stage_flags
+from toolchain.cli.flags import (
+    common,
+    host_flag,
+    open_job,
+    open_screen,
+    place_flags,
+    recipe_flags,
+    stage_flags,
+    targets_flag,
+)
+from toolchain.errors import ScalellmError
 
 if TYPE_CHECKING:
     from toolchain.console import Screen
@@ -70,7 +82,7 @@ def commands(recipe: str, model: str | None, work: Path, json_output: bool, verb
 
 @click.command()
 @stage_flags
-@place_flags
+@place_flags("--device")
 def quantize(**flags: Any) -> None:
     """Quantize the model, a layer at a time, into the unified Hugging Face layout.
 
@@ -86,7 +98,8 @@ def quantize(**flags: Any) -> None:
 
 @click.command()
 @stage_flags
-@place_flags
+@targets_flag
+@place_flags()
 def convert(**flags: Any) -> None:
     """Write the TensorRT-LLM checkpoint that trtllm-build takes, from the quantized checkpoint. Needs no GPU.
 
@@ -99,7 +112,8 @@ def convert(**flags: Any) -> None:
 
 @click.command()
 @stage_flags
-@place_flags
+@targets_flag
+@place_flags()
 @host_flag
 def build(**flags: Any) -> None:
     """Plan, quantize, build the engine and emit the Triton model repository; skip what is fresh.
@@ -108,6 +122,7 @@ def build(**flags: Any) -> None:
     Examples:
       scalellm build --recipe rtx4090.yaml --model ./Llama-2-13b-chat-hf
       scalellm build --recipe tiny --explain
+      scalellm build --recipe llama2-13b --device rtx4090,l4,t4,a100-80gb --on rtx4090=ssh:gpu-box
     """
     _run("repository", **flags)
 
@@ -131,7 +146,7 @@ def package(recipe: str, model: str | None, work: Path, explain: bool, json_outp
             f"{engine.folder}: the engine is not up to date: {'; '.join(engine.reasons)}",
             hint=f"scalellm build --recipe {recipe}",
         )
-    _run_job(screen, job, "repository", explain)
+    screen.emit(_run_job(screen, job, "repository", explain))
 
 
 def _run(
@@ -142,38 +157,64 @@ def _run(
     explain: bool,
     json_output: bool,
     verbose: int,
+    targets: tuple[str | None, ...] = (None,),
     **place: Any,
 ) -> None:
+    """One job, or one for each target device: then a device that fails does not stop the others."""
     screen = open_screen(json_output, verbose)
-    _run_job(screen, open_job(screen, recipe, model, work, **place), until, explain)
+    for one in place.get("on", ()):
+        device, named, _ = one.partition("=")
+        if named and device not in targets:
+            raise click.UsageError(f"--on {one}: --device does not name {device}")
+    if targets == (None,):
+        job = open_job(screen, recipe, model, work, **place)
+        screen.emit(_run_job(screen, job, until, explain))
+        return
+    told: dict[str, Any] = {}
+    failed: dict[str, ScalellmError] = {}
+    for target in targets:
+        screen.say(f"== {target}")
+        try:
+            job = open_job(screen, recipe, model, work, target=target, **place)
+            told[str(target)] = _run_job(screen, job, until, explain)
+        except ScalellmError as error:
+            failed[str(target)] = error
+            told[str(target)] = {"error": error.message, "hint": error.hint}
+            screen.note(f"{error.message}\n  try: {error.hint}" if error.hint else error.message)
+    screen.emit(told)
+    if failed:
+        screen.note(f"error: not made for {', '.join(failed)}; made for {_listed(told, failed)}")
+        sys.exit(next(reversed(failed.values())).exit_code)
 
 
-def _run_job(screen: Screen, job: Job, until: str, explain: bool) -> None:
-    """Make what is stale up to ``until``, or with ``explain`` only say what that would be."""
+def _listed(told: Mapping[str, Any], failed: Mapping[str, Any]) -> str:
+    return ", ".join(target for target in told if target not in failed) or "none"
+
+
+def _run_job(screen: Screen, job: Job, until: str, explain: bool) -> Any:
+    """Make what is stale up to ``until``, or with ``explain`` only say what that would be. -> what --json prints."""
     if explain:
         states = [state for state in job.states() if job.names.index(state.name) <= job.names.index(until)]
-        screen.emit([{**vars(state), "stage": state.stage} for state in states])
         for state in states:
             screen.say(_explain(state))
-        return
+        return [{**vars(state), "stage": state.stage} for state in states]
     for warning in job.plan.warnings:
         screen.note(f"note: {warning}")
     for decision in job.plan.decisions:
         screen.detail(f"plan: {decision.name} = {decision.value}: {decision.reason}")
     results = job.run(until, on_result=lambda result: screen.say(_report(result)))
-    screen.emit(
-        {
-            "recipe": job.recipe.name,
-            "artifacts": {
-                r.state.name: {"folder": r.state.folder, "action": r.action, "seconds": r.seconds, "key": r.key}
-                for r in results
-            },
-        }
-    )
     if all(result.action == "kept" for result in results):
         screen.say("Nothing to do: everything is up to date.")
     if until == "repository":
-        screen.say(f"Next: scalellm serve --recipe {job.spoken} --work {job.work}")
+        device = f" --device {job.target}" if job.target else ""
+        screen.say(f"Next: scalellm serve --recipe {job.spoken}{device} --work {job.work}")
+    return {
+        "recipe": job.recipe.name,
+        "artifacts": {
+            r.state.name: {"folder": r.state.folder, "action": r.action, "seconds": r.seconds, "key": r.key}
+            for r in results
+        },
+    }
 
 
 def _explain(state: State) -> str:

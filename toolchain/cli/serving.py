@@ -14,6 +14,9 @@ from toolchain.cli.flags import PATH, common, complete_recipe, open_screen, work
 @click.command()
 @click.option("-r", "--recipe", metavar="FILE|NAME", shell_complete=complete_recipe, help="The recipe that was built.")
 @click.option("--repository", type=PATH, metavar="DIR", help="Serve this Triton repository instead of a recipe's.")
+@click.option(
+    "--device", "target", metavar="DEVICE", help="Of several devices that the recipe was built for, this one."
+)
 @work_flag()
 @click.option("--host", metavar="ADDRESS", help="Bind to this address. [default: the recipe's, else 127.0.0.1]")
 @click.option("--http-port", type=click.IntRange(1, 65535), help="[default: the recipe's, else 8000]")
@@ -39,6 +42,7 @@ from toolchain.cli.flags import PATH, common, complete_recipe, open_screen, work
 def serve(
     recipe: str | None,
     repository: Path | None,
+    target: str | None,
     work: Path,
     host: str | None,
     http_port: int | None,
@@ -56,14 +60,17 @@ def serve(
       scalellm serve --recipe tiny
       scalellm serve --repository /models/llama --http-port 9000
     """
+    from toolchain.pipeline.job import folder_of
     from toolchain.recipe import Serve, load_recipe
     from toolchain.stages import serve as stage
+    from toolchain.variant import for_device
 
     screen = open_screen(json_output, verbose)
     settings = Serve()
     if recipe is not None:
         loaded = load_recipe(recipe)
-        settings, repository = loaded.serve, repository or work / loaded.name / "repository"
+        device = for_device(loaded, target).device if target else None
+        settings, repository = loaded.serve, repository or folder_of(loaded, work, device) / "repository"
     if repository is None:
         raise click.UsageError("Name a recipe (--recipe) or a repository (--repository).")
     ports = stage.Ports(

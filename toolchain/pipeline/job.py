@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from toolchain import __version__, workspace
+from toolchain import __version__, variant, workspace
 from toolchain.backends import Order
 from toolchain.checkpoint import Checkpoint
+from toolchain.device import device
 from toolchain.engine import Engine
 from toolchain.errors import PlanError
 from toolchain.host import Host
@@ -20,6 +21,7 @@ from toolchain.pipeline.source import Model
 from toolchain.pipeline.state import NAMES, Result, State, stamped_rows, state_of
 from toolchain.plan import Plan, make_plan
 from toolchain.progress import Progress
+from toolchain.quantization import WEIGHTS
 from toolchain.quantizers import conversations, report_html, samples
 from toolchain.quantizers.place import ON_CPU, Place
 from toolchain.quantizers.report import REPORT
@@ -42,15 +44,23 @@ class Job:
         progress: Progress,
         place: Place = ON_CPU,
         host: Host | None = None,
+        target: str | None = None,
     ) -> None:
+        """``target``: build for this device instead of the recipe's; its artifacts lie in ``WORK/RECIPE/DEVICE``, and
+        the quantized checkpoint beside it, for every device of the same formats.
+        """
+        recipe = variant.for_device(recipe, target or recipe.device)
         self.recipe = recipe
+        self.target = recipe.device if target else None
         self.place = place
         self.host = host
         self.source = model or recipe.model
-        self.folder = work / recipe.name
         self.work = work
+        self.folder = folder_of(recipe, work, self.target)
         self.progress = progress
-        self._model = Model(self.source, self.folder, progress)
+        common = work / recipe.name
+        self._quantized = common / _checkpoint_name(recipe) if target else common / "checkpoint"
+        self._model = Model(self.source, self._quantized, common / "imported", progress)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         self.plan: Plan = make_plan(recipe, self._model.config, host_memory_bytes=memory)
         self._model.check(self.plan)
@@ -60,12 +70,16 @@ class Job:
         """The artifacts of this plan's backend, in order."""
         return tuple(name for name in NAMES if name != "trtllm-checkpoint" or self.plan.backend == "tensorrt_engine")
 
+    def path(self, name: str) -> Path:
+        """Where the artifact ``name`` lies."""
+        return self._quantized if name == "checkpoint" else self.folder / name
+
     def states(self) -> list[State]:
         """What is fresh and what is stale, without making anything. Stale inputs make stale all that follows."""
         found, inputs_key = [], ""
         for name in self.names:
             inputs = self._inputs(name, inputs_key)
-            state = state_of(name, self.folder / name, inputs)
+            state = state_of(name, self.path(name), inputs)
             found.append(state)
             inputs_key = workspace.key_of(inputs)
         return found
@@ -85,7 +99,7 @@ class Job:
             )
         for name in self.names[: self.names.index(until) + 1]:
             inputs = self._inputs(name, inputs_key)
-            state = state_of(name, self.folder / name, inputs)
+            state = state_of(name, self.path(name), inputs)
             started = time.perf_counter()
             if not state.fresh:
                 if name == "checkpoint" and self._reads_the_hub:
@@ -115,7 +129,7 @@ class Job:
 
     def _make(self, name: str, inputs: Mapping[str, Any]) -> None:
         if name == "engine":
-            order = self._order(self.folder / name, workspace.key_of(inputs))
+            order = self._order(self.path(name), workspace.key_of(inputs))
             build_stage.refuse_if_lacking(order, self._continue_elsewhere())
         makers = {
             "checkpoint": self._make_checkpoint,
@@ -123,7 +137,7 @@ class Job:
             "engine": self._make_engine,
             "repository": self._make_repository,
         }
-        with workspace.draft(self.folder / name, name, inputs) as draft:
+        with workspace.draft(self.path(name), name, inputs) as draft:
             extra = makers[name](draft)
             draft.commit(versions={"scalellm": __version__}, recipe=self.recipe.text, extra=extra)
 
@@ -181,7 +195,7 @@ class Job:
         if given.data.startswith(conversations.HUB):
             if "_samples" in self.__dict__:
                 return self._samples.digest
-            return stamped_rows(self.folder / "checkpoint", given.model_dump())
+            return stamped_rows(self._quantized, given.model_dump())
         return self._file_digest or self._model.calibration_digest(given.data)
 
     @functools.cached_property
@@ -196,13 +210,9 @@ class Job:
         stamp = workspace.require(self._quantized, "checkpoint")
         build_stage.build(order, Checkpoint.open(self._quantized), checkpoint_key=stamp.key)
 
-    @property
-    def _quantized(self) -> Path:
-        return self.folder / "checkpoint"
-
     def _order(self, out: Path, key: str) -> Order:
         """The engine to be built; a foreign builder's words go to ``WORK/RECIPE/build.log``."""
-        source = self.folder / self.names[self.names.index("engine") - 1]
+        source = self.path(self.names[self.names.index("engine") - 1])
         return Order(self.plan, source, out, self.progress, key, self.host, self.folder / "build.log")
 
     def _make_repository(self, draft: Draft) -> None:
@@ -211,10 +221,10 @@ class Job:
             draft.known_hash(file, digest)
 
     def _continue_elsewhere(self) -> str:
-        work = self.work
+        common, device = self.work / self.recipe.name, f" --device {self.target}" if self.target else ""
         return (
-            f"rsync -a --mkpath {self.folder}/ GPU-HOST:{work}/{self.recipe.name}/   # the checkpoint and its stamp\n"
-            f"scalellm build --recipe {self.spoken} --work {work}   # there; it continues from the checkpoint"
+            f"rsync -a --mkpath {common}/ GPU-HOST:{common}/   # the checkpoints and their stamps\n"
+            f"scalellm build --recipe {self.spoken}{device} --work {self.work}   # there; it continues from them"
         )
 
     @property
@@ -222,6 +232,22 @@ class Job:
         """The recipe as a person would name it on the command line: a shipped one by its name, else its path."""
         shipped = self.recipe.path.resolve().parent == workspace.shipped("recipes").resolve()
         return self.recipe.path.stem if shipped else str(self.recipe.path)
+
+
+def folder_of(recipe: Recipe, work: Path, target: str | None = None) -> Path:
+    """Where a recipe's engine and repository lie; ``target``: the device, of several, that it is built for."""
+    return work / recipe.name / target if target else work / recipe.name
+
+
+def _checkpoint_name(recipe: Recipe) -> str:
+    """``"checkpoint-int4-g128-kv-int8"``: what devices of the same formats share."""
+    settled, _ = variant.settle(recipe)
+    asked = settled.quantization
+    group = f"-g{asked.group_size}" if WEIGHTS[asked.weights].group_sizes else ""
+    openvino = (recipe.backend or device(recipe.device).backends[0]) == "openvino"
+    changes = recipe.per_device.get(recipe.device)
+    own = f"-{recipe.device}" if changes and changes.quantization else ""
+    return f"checkpoint-{asked.weights}{group}" + ("" if openvino else f"-kv-{settled.kv_cache.dtype}") + own
 
 
 def quantize_inputs(plan: Plan, fingerprint: str | None, calibration_digest: str | None = None) -> dict[str, Any]:

@@ -28,10 +28,10 @@ class Model:
     imports one that another tool wrote into ``WORK/RECIPE/imported`` first.
     """
 
-    def __init__(self, source: str, folder: Path, progress: Progress) -> None:
+    def __init__(self, source: str, quantized: Path, imported: Path, progress: Progress) -> None:
         self._source = source
-        self._quantized = folder / "checkpoint"
-        self._imported = folder / "imported"
+        self._quantized = quantized
+        self._imported = imported
         self._progress = progress
         self._opened: Checkpoint | None = None
         self._stamp: Stamp | None = None

@@ -25,7 +25,7 @@ _SHAPE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 @dataclass(frozen=True)
 class Place:
-    """What the flags ``--device``, ``--max-ram`` and ``--max-vram`` say."""
+    """What the flags ``--quantize-on``, ``--max-ram`` and ``--max-vram`` say."""
 
     device: str = "cpu"
     """``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``: the first GPU if torch sees one, else the CPU."""
@@ -36,7 +36,7 @@ class Place:
 
     def __post_init__(self) -> None:
         if not _SHAPE.fullmatch(self.device):
-            raise RecipeError(f"--device {self.device}: there are auto, cpu, cuda and cuda:N")
+            raise RecipeError(f"--quantize-on {self.device}: there are auto, cpu, cuda and cuda:N")
 
 
 ON_CPU = Place()
@@ -56,8 +56,8 @@ def open_device(place: Place) -> torch.device:
     if (device.index or 0) >= count:
         found = f"{count} GPU{'s' * (count > 1)}" if count else "no GPU"
         raise PlanError(
-            f"--device {place.device}: torch {torch.__version__} sees {found} on this machine",
-            hint="Use --device cpu, or a build of torch with CUDA: https://pytorch.org/get-started/locally",
+            f"--quantize-on {place.device}: torch {torch.__version__} sees {found} on this machine",
+            hint="Use --quantize-on cpu, or a build of torch with CUDA: https://pytorch.org/get-started/locally",
         )
     device = torch.device("cuda", device.index or 0)
     if place.max_vram is not None:
@@ -81,7 +81,7 @@ def memory_errors() -> Iterator[None]:
             raise PlanError(
                 f"the GPU's memory ran out: {str(error).splitlines()[0]}",
                 hint="Finished layers are kept: close other programs on the GPU and run the same command again.\n"
-                "Or say how much may be used: --max-vram 8GiB; or begin again with --device cpu.",
+                "Or say how much may be used: --max-vram 8GiB; or begin again with --quantize-on cpu.",
             ) from error
         if "can't allocate memory" not in str(error):
             raise

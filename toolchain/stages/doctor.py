@@ -101,10 +101,11 @@ def _containers() -> Iterator[Finding]:
 
 
 def _artifacts(work: Path) -> Iterator[Finding]:
-    for stamp_file in sorted(work.glob(f"*/*/{workspace.STAMP}")):
+    for stamp_file in sorted([*work.glob(f"*/*/{workspace.STAMP}"), *work.glob(f"*/*/*/{workspace.STAMP}")]):
         folder = stamp_file.parent
         try:
-            stamp = workspace.require(folder, folder.name)
+            known = workspace.read_stamp(folder)
+            stamp = workspace.require(folder, known.stage if known else folder.name)
         except ScalellmError as error:
             yield Finding(str(folder), False, error.message, error.hint)
             continue
