@@ -21,6 +21,7 @@ from toolchain.errors import PlanError
 from toolchain.memory import TOKENS_PER_BLOCK
 from toolchain.plan import Plan
 from toolchain.release import Release, releases, within
+from toolchain.speculation import MODE
 
 PROGRAM = "trtllm-build"
 
@@ -102,6 +103,10 @@ def settings(plan: Plan) -> dict[str, Setting]:
         "use_paged_context_fmha": plan.paged_context_fmha,
         "use_fp8_context_fmha": plan.paged_context_fmha and both_fp8,
     }
+    if plan.window and plan.window.sinks:
+        found["streamingllm"] = True
+    if plan.speculation:
+        found |= {"speculative_decoding_mode": MODE, "max_draft_len": plan.speculation.tokens}
     if plan.weights.name == "fp8" and plan.recipe.quantization.fp8_scales == "separate":
         found["use_fused_mlp"] = False  # it would round gate and up a second time, to one scale
     return found
@@ -182,7 +187,11 @@ def _attention(plan: Plan, wanted: Mapping[str, Setting]) -> Iterator[str]:
     if wanted["use_fp8_context_fmha"] and plan.weights.name != "fp8":
         yield f"use_fp8_context_fmha enable: it does nothing with {plan.weights.name} weights"
     if not wanted["use_paged_context_fmha"]:
+        if "speculative_decoding_mode" in wanted:
+            yield "speculative_decoding_mode: drafts are checked with KV reuse, which needs use_paged_context_fmha"
         return
+    if wanted.get("streamingllm"):
+        yield "use_paged_context_fmha enable: the builder turns it off for streamingllm"
     fp8_fused = sm in _release(plan).fp8_context_sms
     excluded = paged_context_excluded(plan.weights, plan.kv, fused=fused, fp8_fused=fp8_fused)
     if excluded:
@@ -198,6 +207,9 @@ def _limits(plan: Plan, wanted: Mapping[str, Setting]) -> Iterator[str]:
         yield f"max_input_len {prompt}: the builder clips it to max_seq_len {longest}"
     if tokens > batch * longest:
         yield f"max_num_tokens {tokens}: the builder lowers it to max_batch_size x max_seq_len, {batch * longest}"
+    checked = batch * (int(wanted.get("max_draft_len", 0)) + 1)
+    if checked > batch and tokens < checked:
+        yield f"max_num_tokens {tokens}: the builder raises it to max_batch_size x (max_draft_len + 1), {checked}"
     if wanted["context_fmha"]:
         return
     if tokens < prompt:

@@ -171,7 +171,7 @@ def choose_calibration(
         if "calibration" in recipe.model_fields_set or "propagate" in asked.model_fields_set:
             notes.warnings.append("nothing here is calibrated: the recipe's keys calibration and propagate do nothing")
         return False
-    known = _positions(config)
+    known = positions(config)
     if given.tokens > known:
         notes.refuse(f"calibration.tokens {given.tokens}: the model knows {known} positions", f"Use tokens: {known}")
     notes.decide("calibration", given.data, f"{given.samples} rows of {given.tokens} tokens; " + "; ".join(told))
@@ -248,7 +248,7 @@ def fused_attention(target: Device) -> bool:
 def choose_limits(recipe: Recipe, config: LlamaConfig, notes: Notes, *, fused: bool, cpu: bool) -> Limits:
     """Sequences, their length, the longest prompt and the tokens of one step."""
     asked = recipe.limits
-    known = _positions(config)
+    known = positions(config)
     longest = asked.max_seq_len or known
     if longest > known:
         notes.refuse(f"limits.max_seq_len {longest}: the model knows {known} positions", f"Use max_seq_len: {known}")
@@ -265,6 +265,11 @@ def choose_limits(recipe: Recipe, config: LlamaConfig, notes: Notes, *, fused: b
     tokens, reason, source = _step(recipe, longest, cpu)
     if not fused and tokens < prompt:
         tokens, reason = prompt, "raised to max_input_len: without fused attention a prompt is one piece"
+    if recipe.speculative and not cpu and tokens < longest:
+        if asked.max_num_tokens:
+            needs = "speculative sends the whole sequence in each step"
+            notes.refuse(f"limits.max_num_tokens {tokens}: {needs}", f"Use max_num_tokens: {longest}")
+        tokens, reason = longest, "raised to max_seq_len: speculative decoding sends the whole sequence in each step"
     notes.decide("max_num_tokens", tokens, reason, source)
     return Limits(asked.max_batch_size, longest, prompt, tokens)
 
@@ -282,7 +287,7 @@ def _step(recipe: Recipe, longest: int, cpu: bool) -> tuple[int, str, str]:
     return MAX_NUM_TOKENS, "the builder's default", source
 
 
-def _positions(config: LlamaConfig) -> int:
+def positions(config: LlamaConfig) -> int:
     """Positions that the model knows: linear rope scaling stretches max_position_embeddings, llama3's is in it."""
     scaling = config.rope_scaling
     stretch = scaling.factor if scaling and scaling.kind == "linear" else 1.0
@@ -297,8 +302,13 @@ def paged_context(
     release: Release | None,
     target: Device,
     notes: Notes,
+    *,
+    sinks: bool = False,
 ) -> bool:
-    """Whether paged-context attention can be on, which KV reuse and chunked context need."""
+    """Whether paged-context attention can be on, which KV reuse and chunked context need.
+
+    ``sinks``: the engine keeps attention sinks, for which the builder turns it off (builder.py @0.20).
+    """
     if backend != "tensorrt_engine":
         return True
     source = "TensorRT-LLM tensorrt_llm/builder.py, checks @0.12 to 0.20"
@@ -307,6 +317,8 @@ def paged_context(
         notes.decide("context_fmha", False, "the fused kernel aborts on this SM; attention takes S^2 workspace", fmha)
     fp8_fused = release is None or target.sm in release.fp8_context_sms
     excluded = paged_context_excluded(weights, kv, fused=fused, fp8_fused=fp8_fused)
+    if sinks and not excluded:
+        excluded = "attention sinks exclude it; so no KV reuse and no chunked context"
     reason = excluded or "KV reuse and chunked context need it, and nothing excludes it"
     notes.decide("paged_context_fmha", not excluded, reason, source)
     return not excluded

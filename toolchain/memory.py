@@ -42,6 +42,9 @@ CPU_FP8_BITS = 16
 """OpenVINO's CPU plugin has no FP8 kernel: the engine keeps FP8 weights as 16-bit numbers, which hold every e4m3 number
 exactly. Measured with 2026.4.1 under bf16."""
 
+PROCESS = "CUDA context"
+"""The term that two engines in one process share."""
+
 LOGITS_COPIES = 2
 """fp32 logits and the copy that sampling sorts. Our assumption."""
 
@@ -68,7 +71,7 @@ class MemoryPlan:
     max_kv_tokens: int
     """Tokens in the cache of one service."""
     sequences_at_full_length: int
-    """Sequences of max_seq_len that the cache of one service holds at once."""
+    """Sequences of max_seq_len that the cache of one service holds at once; a window may leave less of each in it."""
 
     @property
     def missing_bytes(self) -> int:
@@ -162,34 +165,44 @@ def memory_plan(
     kv_tokens: int | None = None,
     kv_pool_bytes: int | None = None,
     host_memory_bytes: int | None = None,
+    sequence_tokens: int | None = None,
+    draft: LlamaConfig | None = None,
 ) -> MemoryPlan:
     """Every term of one device's memory, for all its services.
 
     ``kv_tokens`` or ``kv_pool_bytes`` fix the cache of one service; without them it gets what the limits can use, at
     most ``KV_FREE_FRACTION`` of what is left, and at least one sequence of max_seq_len (which then may not fit).
-    ``host_memory_bytes`` is the memory of a device that does not state its own, the CPU.
+    ``host_memory_bytes`` is the memory of a device that does not state its own, the CPU. ``sequence_tokens`` is what a
+    sequence of max_seq_len takes in the cache, where that is another number. ``draft`` is a second model in the same
+    process, quantized alike, whose cache holds as many tokens.
     """
+    sequence = sequence_tokens or limits.max_seq_len
     fixed = list(_fixed(config, weights, limits, device, tp=tp, pp=pp, group_size=group_size))
     if unfused_attention:
         how = f"{limits.max_batch_size} sequences x heads x {limits.max_input_len}^2 x 6 B: no fused kernel on this SM"
         fixed.append(MemoryLine("attention workspace", unfused_attention_bytes(config, limits, tp=tp), how))
     per_token = kv_bytes_per_token(config, kv, tp=tp, pp=pp, cpu=device.is_cpu)
+    draft_per_token = kv_bytes_per_token(draft, kv, tp=tp, pp=pp, cpu=device.is_cpu) if draft else 0
+    if draft:
+        lines_of_draft = _fixed(draft, weights, limits, device, tp=tp, pp=pp, group_size=group_size)
+        fixed += [replace(line, name=f"draft: {line.name}") for line in lines_of_draft if line.name != PROCESS]
     available = device.memory_bytes if device.memory_bytes is not None else host_memory_bytes
     free = None if available is None else available // services - sum(line.bytes for line in fixed)
     if kv_pool_bytes is not None:
-        kv_tokens = kv_pool_bytes // per_token
-    tokens = _auto_tokens(limits, per_token, free) if kv_tokens is None else kv_tokens
-    how = f"{tokens} tokens x {per_token} B ({kv.name})"
-    lines = tuple(_times(line, services) for line in (*fixed, MemoryLine("KV cache", tokens * per_token, how)))
+        kv_tokens = kv_pool_bytes // (per_token + draft_per_token)
+    tokens = _auto_tokens(limits, sequence, per_token + draft_per_token, free) if kv_tokens is None else kv_tokens
+    caches = [("KV cache", per_token), ("draft: KV cache", draft_per_token)][: 2 if draft else 1]
+    fixed += [MemoryLine(name, tokens * size, f"{tokens} tokens x {size} B ({kv.name})") for name, size in caches]
+    lines = tuple(_times(line, services) for line in fixed)
     total = sum(line.bytes for line in lines)
     return MemoryPlan(
         lines=lines,
         total=total,
         available=available,
-        fits=(available is None or total <= available) and tokens >= limits.max_seq_len,
+        fits=(available is None or total <= available) and tokens >= sequence,
         kv_bytes_per_token=per_token,
         max_kv_tokens=tokens,
-        sequences_at_full_length=tokens // limits.max_seq_len,
+        sequences_at_full_length=tokens // sequence,
     )
 
 
@@ -231,13 +244,13 @@ def _fixed(
     if device.is_cpu:
         yield MemoryLine("process and libraries", CPU_PROCESS_BYTES, "our assumption")
     else:
-        yield MemoryLine("CUDA context", CUDA_CONTEXT_BYTES, "551 MiB a process, aiconfigurator 2025")
+        yield MemoryLine(PROCESS, CUDA_CONTEXT_BYTES, "551 MiB a process, aiconfigurator 2025")
         yield MemoryLine("runtime workspaces", RUNTIME_BYTES, "our assumption")
 
 
-def _auto_tokens(limits: Limits, per_token: int, free: int | None) -> int:
+def _auto_tokens(limits: Limits, sequence: int, per_token: int, free: int | None) -> int:
     """Cache tokens of one service: what the limits can use, in whole blocks, within the free memory."""
-    sequence = ceil(limits.max_seq_len / TOKENS_PER_BLOCK) * TOKENS_PER_BLOCK
+    sequence = ceil(sequence / TOKENS_PER_BLOCK) * TOKENS_PER_BLOCK
     useful = limits.max_batch_size * sequence
     if free is None:
         return useful

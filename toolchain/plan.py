@@ -16,10 +16,12 @@ from toolchain.decisions import Decision, Notes
 from toolchain.device import Device, Price, device, prices
 from toolchain.engine import Limits
 from toolchain.family import LlamaConfig
+from toolchain.kv_window import KvWindow, choose_window
 from toolchain.memory import MemoryPlan, memory_plan, smaller_limits
 from toolchain.quantization import KV, WEIGHTS, KvScheme, WeightScheme
 from toolchain.recipe import Recipe
 from toolchain.release import Release, backends
+from toolchain.speculation import Speculation, check_reuse, choose_speculation
 from toolchain.units import MIB, format_bytes, parse_bytes
 from toolchain.variant import settle
 
@@ -47,6 +49,10 @@ class Plan:
     context_fmha: bool
     paged_context_fmha: bool
     """Needed for KV reuse and chunked context; only tensorrt_engine has a choice."""
+    window: KvWindow | None
+    """Of attention over the cache; None: every token stays."""
+    speculation: Speculation | None
+    """Decoding with a draft model; None: without."""
     calibrates: bool
     """Whether making the checkpoint takes text: for a method, or for static scales of a TensorRT-LLM engine."""
     memory: MemoryPlan
@@ -58,6 +64,22 @@ class Plan:
     def max_kv_tokens(self) -> int:
         """Tokens in the paged cache of one service."""
         return self.memory.max_kv_tokens
+
+    @property
+    def kv_reuse(self) -> bool:
+        """Whether the runtime may take keys and values of earlier requests with the same beginning."""
+        return self.paged_context_fmha and self.window is None
+
+    @property
+    def engine_max_seq_len(self) -> int:
+        """What ``trtllm-build`` makes of limits.max_seq_len: the drafted tokens are added to it."""
+        return self.limits.max_seq_len + (self.speculation.tokens if self.speculation else 0)
+
+    @property
+    def sparse(self) -> dict[str, Any]:
+        """Window, sinks and drafted tokens as plain JSON, where there are any."""
+        window = {"window": self.window.tokens, "sinks": self.window.sinks} if self.window else {}
+        return {**window, **({"draft_tokens": self.speculation.tokens} if self.speculation else {})}
 
     @property
     def checkpoint_kv(self) -> str:
@@ -91,7 +113,7 @@ class Plan:
             parallel = {"tp": self.tp, "pp": self.pp}
             fmha = {"context_fmha": self.context_fmha, "paged_context_fmha": self.paged_context_fmha}
             place = {"device": self.device.name, "sm": self.device.sm, "dtype": self.dtype}
-            return {**runtime, **weights, **parallel, **fmha, **place}
+            return {**runtime, **weights, **parallel, **fmha, **place, **self.sparse}
         if stage == "package":
             return {"recipe": self.recipe.name, "services": self.services}
         raise ValueError(f"no stage {stage!r}: quantize, convert, build or package")
@@ -127,10 +149,13 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, config: LlamaConfig, *, host_memory_bytes: int | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe, config: LlamaConfig, *, draft: LlamaConfig | None = None, host_memory_bytes: int | None = None
+) -> Plan:
     """Decide everything that the recipe leaves open. Raises PlanError with all reasons at once when it cannot run.
 
-    ``host_memory_bytes``: what a CPU may use; without it, a CPU's memory counts as enough.
+    ``draft``: the config of the draft model, where the recipe names one. ``host_memory_bytes``: what a CPU may use;
+    without it, a CPU's memory counts as enough.
     """
     notes = Notes()
     target = device(recipe.device)
@@ -146,9 +171,16 @@ def make_plan(recipe: Recipe, config: LlamaConfig, *, host_memory_bytes: int | N
     dtype = rules.choose_dtype(recipe, config, target, notes)
     fused = rules.fused_attention(target)
     limits = rules.choose_limits(recipe, config, notes, fused=fused, cpu=target.is_cpu)
-    paged = rules.paged_context(backend, weights, kv, fused, release, target, notes)
+    window = choose_window(recipe, config, limits, backend, release, notes)
+    sinks = window is not None and window.sinks > 0
+    paged = rules.paged_context(backend, weights, kv, fused, release, target, notes, sinks=sinks)
+    speculation = choose_speculation(recipe, config, draft, limits, backend, notes)
+    if speculation:
+        fp8_fused = release is None or target.sm in release.fp8_context_sms
+        check_reuse(weights, kv, window, fused=fused, fp8_fused=fp8_fused, notes=notes)
     rules.check_shapes(recipe, config, group_size, target, notes)
-    memory = _memory(recipe, config, weights, kv, limits, target, notes, fused=fused, host=host_memory_bytes)
+    cache = _Cache(window, speculation)
+    memory = _memory(recipe, config, weights, kv, limits, target, notes, cache, fused=fused, host=host_memory_bytes)
     _explain(recipe, weights, kv, target, memory, notes)
     calibrates = rules.choose_calibration(recipe, config, weights, kv, backend, notes)
     notes.raise_if_refused(recipe.name)
@@ -169,12 +201,26 @@ def make_plan(recipe: Recipe, config: LlamaConfig, *, host_memory_bytes: int | N
         services=recipe.services,
         context_fmha=fused,
         paged_context_fmha=paged,
+        window=window,
+        speculation=speculation,
         calibrates=calibrates,
         memory=memory,
         prices=prices(target.name),
         decisions=tuple(notes.decisions),
         warnings=tuple(notes.warnings),
     )
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """What decides how much of the cache a sequence takes, and who shares the device."""
+
+    window: KvWindow | None
+    speculation: Speculation | None
+
+    def sequence_tokens(self, limits: Limits) -> int:
+        drafted = self.speculation.tokens if self.speculation else 0
+        return self.window.kept(limits.max_seq_len) if self.window else limits.max_seq_len + drafted
 
 
 def _memory(
@@ -185,6 +231,7 @@ def _memory(
     limits: Limits,
     target: Device,
     notes: Notes,
+    cache: _Cache,
     *,
     fused: bool,
     host: int | None,
@@ -209,6 +256,8 @@ def _memory(
             kv_tokens=recipe.kv_cache.max_tokens,
             kv_pool_bytes=parse_bytes(size) if size else None,
             host_memory_bytes=host,
+            sequence_tokens=cache.sequence_tokens(limits),
+            draft=cache.speculation.draft if cache.speculation else None,
         )
 
     found = ask()
@@ -227,9 +276,9 @@ def _memory(
             "Any one of these would fit: " + "; ".join(better) if better else "No single change of the recipe fits",
         )
     elif not found.fits:
-        key = "size" if recipe.kv_cache.size else "max_tokens"
-        reason = f"kv_cache.{key} holds {found.max_kv_tokens} tokens, not one sequence of {limits.max_seq_len}"
-        notes.refuse(reason, f"Use kv_cache max_tokens: {limits.max_seq_len} or more, or a shorter max_seq_len")
+        key, needed = "size" if recipe.kv_cache.size else "max_tokens", cache.sequence_tokens(limits)
+        reason = f"kv_cache.{key} holds {found.max_kv_tokens} tokens, not one sequence of {needed}"
+        notes.refuse(reason, f"Use kv_cache max_tokens: {needed} or more, or a shorter max_seq_len")
     return found
 
 
@@ -239,7 +288,8 @@ def _helps(scheme: WeightScheme | KvScheme, target: Device) -> bool:
 
 def _largest(memory: MemoryPlan) -> str:
     """The largest term that is not the cache, which takes what is left: ``"linear weights take 23.63 GiB"``."""
-    line = max((line for line in memory.lines if line.name != "KV cache"), key=lambda line: line.bytes)
+    fixed = (line for line in memory.lines if not line.name.endswith("KV cache"))
+    line = max(fixed, key=lambda line: line.bytes)
     return f"{line.name}: {format_bytes(line.bytes)}"
 
 

@@ -164,8 +164,32 @@ class KvCache(Section):
     )
     size: Annotated[str, AfterValidator(_size)] | None = Field(
         default=None,
-        description="Bytes that the cache of one service may take, such as 2GiB; instead of max_tokens.",
+        description="Bytes that the cache of one service may take, such as 2GiB; instead of max_tokens. With a draft "
+        "model: its cache and the model's together.",
         examples=["2GiB", "512MiB"],
+    )
+    window: Count | None = Field(
+        default=None,
+        description="KV sparsification: each token attends to the last so many tokens only, sinks included. Prompts "
+        "longer than that lose their beginning. Default: all tokens of the sequence.",
+    )
+    sinks: Annotated[int, Field(ge=0, le=1024)] = Field(
+        default=0,
+        description="The first tokens of a sequence that stay in the window for good (attention sinks, 4 as a rule); "
+        "only with window.",
+    )
+
+
+class Speculative(Section):
+    """A small model drafts tokens, and the model itself checks them all in one step. The text stays the same."""
+
+    draft: Text = Field(
+        description="The draft model: a folder in the Hugging Face layout, or hf:ORG/NAME (ORG/NAME works too). It has "
+        "the model's own tokenizer, and is quantized as the model is.",
+        examples=["TinyLlama/TinyLlama-1.1B-Chat-v1.0"],
+    )
+    tokens: Annotated[int, Field(ge=1, le=32)] = Field(
+        default=4, description="Tokens that are drafted for one step of the model, at most."
     )
 
 
@@ -260,6 +284,9 @@ class Recipe(Section):
     quantization: Quantization = Field(default=Quantization(), description="How weights are stored.")
     calibration: Calibration = Field(default=Calibration(), description="The text on which ranges are measured.")
     kv_cache: KvCache = Field(default=KvCache(), description="The cache of keys and values.")
+    speculative: Speculative | None = Field(
+        default=None, description="Speculative decoding with a draft model. Default: none."
+    )
     limits: RecipeLimits = Field(default=RecipeLimits(), description="How many sequences, and how long.")
     parallel: Parallel = Field(default=Parallel(), description="Split over several GPUs.")
     services: Few = Field(default=1, description="Copies of the service on the same device.")
@@ -363,10 +390,11 @@ def contradictions(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], s
     if "max_tokens" in kv and "size" in kv:
         yield ("kv_cache", "size"), "give max_tokens or size, not both"
     longest = _whole(limits.get("max_seq_len"))
+    yield from _window_contradictions(kv, longest)
     prompt, tokens = _whole(limits.get("max_input_len")), _whole(kv.get("max_tokens"))
     if longest and prompt and prompt > longest:
         yield ("limits", "max_input_len"), f"{prompt} is more than max_seq_len {longest}, which counts the prompt too"
-    if longest and tokens and tokens < longest:
+    if longest and tokens and tokens < longest and "window" not in kv:
         yield ("kv_cache", "max_tokens"), f"{tokens} holds not even one sequence of max_seq_len {longest}"
     taken: dict[int, str] = {}
     for key, default in (("http_port", 8000), ("grpc_port", 8001), ("metrics_port", 8002)):
@@ -377,6 +405,17 @@ def contradictions(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], s
     found = find_device(given) if isinstance(given, str) else None
     if found and not found.is_cpu and "cpu" in data:
         yield ("cpu",), f"only with device: cpu, not {found.name}"
+
+
+def _window_contradictions(kv: Mapping[str, Any], longest: int | None) -> Iterator[tuple[tuple[str, ...], str]]:
+    """A window that hides nothing, and sinks that do not leave room for anything else."""
+    window, sinks = _whole(kv.get("window")), _whole(kv.get("sinks"))
+    if sinks and "window" not in kv:
+        yield ("kv_cache", "sinks"), "only with window: without one, every token stays"
+    if window and sinks and sinks >= window:
+        yield ("kv_cache", "sinks"), f"{sinks} sinks fill the window of {window}: nothing would be left for new tokens"
+    if window and longest and window >= longest:
+        yield ("kv_cache", "window"), f"{window} hides nothing: no sequence is longer than max_seq_len {longest}"
 
 
 _NEEDED_WEIGHTS = {

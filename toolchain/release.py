@@ -51,6 +51,8 @@ class Release:
     """(backend, SM) -> the number formats that the release lists there."""
     fp8_context_sms: frozenset[int]
     """SMs whose fused attention of prompts can compute in FP8."""
+    window_keeps: str
+    """What a sequence that is longer than its attention window keeps in the cache: ``"window"`` or ``"sequence"``."""
     traps: tuple[Trap, ...]
     unconfirmed: frozenset[str]
     """Columns that no source states for this release: ``"driver"``, ``"sms"``."""
@@ -117,6 +119,7 @@ def _release(row: Mapping[str, Any], table: Mapping[str, Any]) -> Release:
         llmapi=row["llmapi"],
         formats=MappingProxyType(formats),
         fp8_context_sms=frozenset(sm for s in table["fp8_context_fmha"] if within(version, s) for sm in s["sms"]),
+        window_keeps=next(span["keeps"] for span in table["kv_window"] if within(version, span)),
         traps=tuple(
             Trap(
                 text=trap["text"],
