@@ -265,6 +265,8 @@ def choose_limits(recipe: Recipe, config: LlamaConfig, notes: Notes, *, fused: b
     tokens, reason, source = _step(recipe, longest, cpu)
     if not fused and tokens < prompt:
         tokens, reason = prompt, "raised to max_input_len: without fused attention a prompt is one piece"
+    if recipe.kv_cache.window and fused and tokens < prompt:
+        tokens, reason = prompt, "raised to max_input_len: with a window over the cache a prompt is one piece"
     if recipe.speculative and not cpu and tokens < longest:
         if asked.max_num_tokens:
             needs = "speculative sends the whole sequence in each step"

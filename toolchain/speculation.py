@@ -17,6 +17,9 @@ from toolchain.memory import parameters
 from toolchain.quantization import KvScheme, WeightScheme
 from toolchain.recipe import KvCache, Recipe, RecipeLimits
 
+BACKEND = "tensorrt_engine"
+"""The one that serves a model with a draft."""
+
 MODE = "draft_tokens_external"
 """Of ``trtllm-build --speculative_decoding_mode``; a release's own list of modes is in facts/build_flags.yaml."""
 
@@ -51,11 +54,11 @@ def choose_speculation(
     asked = recipe.speculative
     if asked is None:
         return None
-    if draft is None:
-        raise ValueError(f"the config of {asked.draft} is needed")
-    if backend != "tensorrt_engine":
+    if backend != BACKEND:
         _refuse_backend(backend, notes)
         return None
+    if draft is None:
+        raise ValueError(f"the config of {asked.draft} is needed")
     if recipe.parallel.pp > 1:
         reason = f"speculative with parallel.pp {recipe.parallel.pp}: TensorRT-LLM lists tensor parallelism only"
         notes.refuse(f"{reason} ({SOURCE})", "Leave out speculative, or use tp instead of pp")

@@ -73,12 +73,20 @@ def ranks(count: int) -> tuple[str, ...]:
 
 
 def runtime(plan: Plan) -> dict[str, Any]:
-    """What the C++ backend of Triton is told."""
-    return {
+    """What the C++ backend of Triton is told.
+
+    With a window, chunks of a prompt would overwrite what later ones attend to: it is one piece then.
+    """
+    found: dict[str, Any] = {
         "max_tokens_in_paged_kv_cache": plan.max_kv_tokens,
-        "enable_kv_cache_reuse": plan.paged_context_fmha,
-        "enable_chunked_context": plan.paged_context_fmha,
+        "enable_kv_cache_reuse": plan.kv_reuse,
+        "enable_chunked_context": plan.kv_reuse,
     }
+    if plan.window:
+        found |= {"max_attention_window_size": plan.window.tokens, "sink_token_length": plan.window.sinks}
+    if plan.speculation:
+        found["draft"] = {"tokens": plan.speculation.tokens}
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -194,7 +194,7 @@ def _listed(told: Mapping[str, Any], failed: Mapping[str, Any]) -> str:
 def _run_job(screen: Screen, job: Job, until: str, explain: bool) -> Any:
     """Make what is stale up to ``until``, or with ``explain`` only say what that would be. -> what --json prints."""
     if explain:
-        states = [state for state in job.states() if job.names.index(state.name) <= job.names.index(until)]
+        states = [state for state in job.states() if job.names.index(state.kind) <= job.names.index(until)]
         for state in states:
             screen.say(_explain(state))
         return [{**vars(state), "stage": state.stage} for state in states]

@@ -3,7 +3,8 @@
     recipe + model  ->  checkpoint (quantize)  ->  engine (build)  ->  repository (package)
 
 A TensorRT-LLM engine is built from ``trtllm-checkpoint`` (convert), which stands between the first two. Each artifact
-lies in ``WORK/RECIPE/NAME``. Its key is the hash of its slice of the plan and of the key of what it is made from; same
+lies in ``WORK/RECIPE/NAME``; those of a draft model, which the repository needs too, in ``WORK/RECIPE/draft/NAME``. Its
+key is the hash of its slice of the plan and of the key of what it is made from; same
 key and intact files: skipped.
 """
 

@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from toolchain.device import device
 from toolchain.engine import Engine
 from toolchain.errors import PlanError
 from toolchain.host import Host
+from toolchain.pipeline import drafts
 from toolchain.pipeline.source import Model
 from toolchain.pipeline.state import NAMES, Result, State, stamped_rows, state_of
 from toolchain.plan import Plan, make_plan
@@ -45,13 +46,16 @@ class Job:
         place: Place = ON_CPU,
         host: Host | None = None,
         target: str | None = None,
+        parent: Job | None = None,
     ) -> None:
         """``target``: build for this device instead of the recipe's; its artifacts lie in ``WORK/RECIPE/DEVICE``, and
-        the quantized checkpoint beside it, for every device of the same formats.
+        the quantized checkpoint beside it, for every device of the same formats. ``parent`` is the job of the model for
+        which this one makes the draft, in ``WORK/RECIPE/draft``.
         """
-        recipe = variant.for_device(recipe, target or recipe.device)
+        recipe = recipe if parent else variant.for_device(recipe, target or recipe.device)
         self.recipe = recipe
         self.target = recipe.device if target else None
+        self.parent = parent
         self.place = place
         self.host = host
         self.source = model or recipe.model
@@ -62,8 +66,16 @@ class Job:
         self._quantized = common / _checkpoint_name(recipe) if target else common / "checkpoint"
         self._model = Model(self.source, self._quantized, common / "imported", progress)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        self.plan: Plan = make_plan(recipe, self._model.config, host_memory_bytes=memory)
+        drafting = drafts.open_model(recipe, self.folder, progress)
+        self.plan: Plan = make_plan(
+            recipe, self._model.config, draft=drafting.config if drafting else None, host_memory_bytes=memory
+        )
         self._model.check(self.plan)
+        self.draft: Job | None = None
+        """The job of the draft model, where the recipe names one; its artifacts come right after this one's."""
+        if drafting:
+            drafts.check_tokenizers(self.recipe, self._model.folder, drafting.folder)
+            self.draft = Job(drafts.recipe_of(self.plan), None, self.folder, progress, place, host, parent=self)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -76,41 +88,56 @@ class Job:
 
     def states(self) -> list[State]:
         """What is fresh and what is stale, without making anything. Stale inputs make stale all that follows."""
-        found, inputs_key = [], ""
-        for name in self.names:
-            inputs = self._inputs(name, inputs_key)
-            state = state_of(name, self.path(name), inputs)
-            found.append(state)
-            inputs_key = workspace.key_of(inputs)
+        found: list[State] = []
+        keys: dict[Job, str] = {}
+        for job, name in self._sequence(self.names[-1]):
+            inputs = job._inputs(name, keys)
+            found.append(state_of(job._label(name), job.path(name), inputs))
+            keys[job] = workspace.key_of(inputs)
         return found
 
     def run(self, until: str, *, on_result: Callable[[Result], None] = lambda _result: None) -> list[Result]:
-        """Make every artifact up to ``until`` (one of ``NAMES``) that is not fresh.
+        """Make every artifact up to ``until`` (one of ``NAMES``) that is not fresh; a draft model's as well.
 
         Raises PlanError where the plan's backend has no ``until``, and the stages' errors. Finished artifacts and
         journaled work stay for the next run.
         """
         results: list[Result] = []
-        inputs_key = ""
+        keys: dict[Job, str] = {}
         if until not in self.names:
             raise PlanError(
                 f"{self.recipe.name}: the backend {self.plan.backend} takes the quantized checkpoint as it is",
                 hint=f"scalellm build --recipe {self.spoken}",
             )
-        for name in self.names[: self.names.index(until) + 1]:
-            inputs = self._inputs(name, inputs_key)
-            state = state_of(name, self.path(name), inputs)
-            started = time.perf_counter()
-            if not state.fresh:
-                if name == "checkpoint" and self._reads_the_hub:
-                    _ = self._samples  # its digest is part of the inputs
-                    inputs = self._inputs(name, inputs_key)
-                self._make(name, inputs)
-            inputs_key = workspace.key_of(inputs)
-            result = Result(state, "kept" if state.fresh else "made", time.perf_counter() - started, inputs_key)
+        for job, name in self._sequence(until):
+            result = job._step(name, keys)
+            keys[job] = result.key
             results.append(result)
             on_result(result)
         return results
+
+    def _sequence(self, until: str) -> Iterator[tuple[Job, str]]:
+        """The artifacts up to ``until`` with the jobs that make them: each of this one's, then the draft model's."""
+        for name in self.names[: self.names.index(until) + 1]:
+            yield self, name
+            if self.draft and name != "repository":
+                yield self.draft, name
+
+    def _label(self, name: str) -> str:
+        return f"{self.recipe.name}/{name}" if self.parent else name
+
+    def _step(self, name: str, keys: Mapping[Job, str]) -> Result:
+        """Make one artifact unless it is fresh. ``keys``: of what each job has made so far."""
+        inputs = self._inputs(name, keys)
+        state = state_of(self._label(name), self.path(name), inputs)
+        started = time.perf_counter()
+        if not state.fresh:
+            if name == "checkpoint" and self._reads_the_hub:
+                _ = self._samples  # its digest is part of the inputs
+                inputs = self._inputs(name, keys)
+            self._make(name, inputs)
+        action = "kept" if state.fresh else "made"
+        return Result(state, action, time.perf_counter() - started, workspace.key_of(inputs))
 
     @property
     def _reads_the_hub(self) -> bool:
@@ -118,14 +145,17 @@ class Job:
         data = self.recipe.calibration.data
         return self.plan.calibrates and data.startswith(conversations.HUB) and self._model.opened().quantization is None
 
-    def _inputs(self, name: str, inputs_key: str) -> dict[str, Any]:
+    def _inputs(self, name: str, keys: Mapping[Job, str]) -> dict[str, Any]:
+        """``keys``: of the artifact that each job has made last."""
+        inputs_key = keys.get(self, "")
         if name == "checkpoint":
             return quantize_inputs(self.plan, self._model.fingerprint, self._calibration_digest)
         if name == "trtllm-checkpoint":
             return convert_stage.inputs(self.plan, inputs_key)
         if name == "engine":
             return build_stage.inputs(self.plan, inputs_key)
-        return package_stage.inputs(self.plan, inputs_key)
+        drafted = {"draft": keys[self.draft]} if self.draft else {}
+        return {**package_stage.inputs(self.plan, inputs_key), **drafted}
 
     def _make(self, name: str, inputs: Mapping[str, Any]) -> None:
         if name == "engine":
@@ -221,6 +251,8 @@ class Job:
             draft.known_hash(file, digest)
 
     def _continue_elsewhere(self) -> str:
+        if self.parent:
+            return self.parent._continue_elsewhere()
         common, device = self.work / self.recipe.name, f" --device {self.target}" if self.target else ""
         return (
             f"rsync -a --mkpath {common}/ GPU-HOST:{common}/   # the checkpoints and their stamps\n"

@@ -40,6 +40,8 @@ class Model:
             self._stamp = workspace.current(self._quantized)
         if found is None and self._stamp is None and published(source) is None:
             found = checkpoints.download(source)
+        self.folder = found or (self._quantized if self._stamp else None)
+        """Where the model, or else its quantized checkpoint, lies on this machine (GGUF: a file); None: nowhere."""
         self._foreign = foreign.open_foreign(found) if found else None
         self.config: LlamaConfig = self._foreign.config if self._foreign else self._config(found)
 

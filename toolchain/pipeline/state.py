@@ -27,8 +27,14 @@ class State:
     """``("there is none yet",)``, ``("kv was int8, is fp8",)``, ``("... is truncated",)`` or, when fresh, empty."""
 
     @property
+    def kind(self) -> str:
+        """One of ``NAMES``: the name without the ``draft/`` of a draft model's artifact."""
+        return self.name.rpartition("/")[2]
+
+    @property
     def stage(self) -> str:
-        return STAGE_OF[self.name]
+        """The verb; of a draft model's artifact ``"draft build"``."""
+        return " ".join(filter(None, (self.name.rpartition("/")[0], STAGE_OF[self.kind])))
 
 
 @dataclass(frozen=True)

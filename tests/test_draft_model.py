@@ -1,0 +1,166 @@
+"""Promises about the draft model of a job: made like the model, beside it, and only where its tokens mean the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from toolchain.engine import Engine
+from toolchain.errors import PlanError
+from toolchain.host import EngineJob, HostCommand
+from toolchain.pipeline import Job
+from toolchain.progress import Progress, Silent
+from toolchain.recipe import load_recipe
+from toolchain.vocabulary import difference
+
+MADE = ["checkpoint", "draft/checkpoint", "trtllm-checkpoint", "draft/trtllm-checkpoint", "engine", "draft/engine"]
+RECIPE = """\
+name: pair
+device: {device}
+model: unused/unused
+quantization: {{weights: int4, group_size: 64}}
+limits: {{max_batch_size: 4, max_seq_len: 256}}
+speculative: {{draft: {draft}, tokens: {tokens}}}
+"""
+
+
+class Bench:
+    """A host that builds nothing: it leaves an engine's files with what it was asked for in them."""
+
+    name = "bench"
+
+    def __init__(self) -> None:
+        self.built: list[EngineJob] = []
+
+    def lacks(self, job: EngineJob) -> tuple[str, ...]:
+        return ()
+
+    def commands(self, job: EngineJob) -> tuple[HostCommand, ...]:
+        return ()
+
+    def build(self, job: EngineJob, log: Path, progress: Progress) -> None:
+        self.built.append(job)
+        (job.out / "config.json").write_text(json.dumps(job.argv("in", "out")))
+        (job.out / "rank0.engine").write_text(job.recipe)
+
+
+@pytest.fixture
+def model(random_llama: Callable[..., Path]) -> Path:
+    return random_llama()
+
+
+@pytest.fixture
+def small(random_llama: Callable[..., Path]) -> Path:
+    return random_llama(hidden_size=128, intermediate_size=256, num_hidden_layers=1)
+
+
+def job(
+    folder: Path, model: Path, draft: Path, *, tokens: int = 4, device: str = "a100", host: Bench | None = None
+) -> Job:
+    recipe = folder / "pair.yaml"
+    recipe.write_text(RECIPE.format(draft=draft, tokens=tokens, device=device))
+    return Job(load_recipe(str(recipe)), str(model), folder / "work", Silent(), host=host or Bench())
+
+
+def actions(made: Job) -> dict[str, str]:
+    return {result.state.name: result.action for result in made.run("engine")}
+
+
+def test_draft_is_quantized_converted_and_built_beside_the_model(tmp_path: Path, model: Path, small: Path) -> None:
+    bench = Bench()
+    made = job(tmp_path, model, small, host=bench)
+    assert list(actions(made)) == MADE
+    assert [one.recipe for one in bench.built] == ["pair", "draft"]
+    target, draft = (Engine.open(made.folder / name).passport for name in ("engine", "draft/engine"))
+    assert (draft.weights, draft.group_size, draft.kv) == (target.weights, target.group_size, target.kv)
+    assert (draft.release, draft.device) == (target.release, target.device)
+    assert (target.num_layers, draft.num_layers) == (2, 1)
+    assert target.runtime["draft"] == {"tokens": 4}
+    assert "draft" not in draft.runtime
+    assert target.runtime["max_tokens_in_paged_kv_cache"] == draft.runtime["max_tokens_in_paged_kv_cache"]
+    assert target.argv[target.argv.index("--max_draft_len") + 1] == "4"
+    assert "--max_draft_len" not in draft.argv
+
+
+def test_second_build_keeps_both_and_a_changed_draft_keeps_the_model(
+    tmp_path: Path, model: Path, small: Path, random_llama: Callable[..., Path]
+) -> None:
+    actions(job(tmp_path, model, small))
+    assert actions(job(tmp_path, model, small)) == dict.fromkeys(MADE, "kept")
+    other = random_llama(hidden_size=128, intermediate_size=512, num_hidden_layers=1)
+    again = actions(job(tmp_path, model, other))
+    assert {name for name, action in again.items() if action == "made"} == {n for n in MADE if n.startswith("draft/")}
+
+
+def test_more_drafted_tokens_make_the_models_engine_anew_and_keep_the_drafts(
+    tmp_path: Path, model: Path, small: Path
+) -> None:
+    actions(job(tmp_path, model, small))
+    changed = job(tmp_path, model, small, tokens=6)
+    states = {state.name: state for state in changed.states()}
+    assert "draft_tokens was 4, is 6" in states["engine"].reasons
+    assert states["draft/engine"].fresh
+    assert states["draft/engine"].stage == "draft build"
+    assert not states["repository"].fresh
+
+
+def test_interrupted_work_goes_on_at_the_draft(tmp_path: Path, model: Path, small: Path) -> None:
+    made = job(tmp_path, model, small)
+    actions(made)
+    shutil.rmtree(made.folder / "draft" / "engine")
+    again = actions(job(tmp_path, model, small))
+    assert [name for name, action in again.items() if action == "made"] == ["draft/engine"]
+
+
+def _renamed(folder: Path, copy: Path, old: str, new: str) -> Path:
+    """A copy of a model whose tokenizer calls one token something else."""
+    shutil.copytree(folder, copy)
+    raw = json.loads((copy / "tokenizer.json").read_text())
+    vocabulary = raw["model"]["vocab"]
+    vocabulary[new] = vocabulary.pop(old)
+    (copy / "tokenizer.json").write_text(json.dumps(raw))
+    return copy
+
+
+def test_draft_with_another_tokenizer_is_refused_and_the_first_difference_named(
+    tmp_path: Path, model: Path, small: Path
+) -> None:
+    other = _renamed(small, tmp_path / "other", "A", "AA")
+    ids = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
+    with pytest.raises(PlanError, match=f"token {ids['A']} is 'A' in the model and 'AA' in the draft"):
+        job(tmp_path, model, other)
+
+
+def test_tokenizers_that_differ_in_the_models_own_ids_only_are_the_same(
+    tmp_path: Path, model: Path, small: Path
+) -> None:
+    shorter = shutil.copytree(small, tmp_path / "shorter")
+    raw = json.loads((shorter / "tokenizer.json").read_text())
+    vocabulary = raw["model"]["vocab"]
+    del vocabulary[max(vocabulary, key=vocabulary.get)]
+    (shorter / "tokenizer.json").write_text(json.dumps(raw))
+    assert difference(model, shorter) == ""
+    assert "is nothing in the model" in difference(shorter, model)
+
+
+def test_lists_of_pieces_and_sentencepiece_files_are_compared_too(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in "abc"]
+    for folder, pieces in zip(folders, (["x", "y"], ["x", "y"], ["x", "z"]), strict=True):
+        folder.mkdir()
+        document = {"model": {"type": "Unigram", "vocab": [[piece, -1.5] for piece in pieces]}, "added_tokens": []}
+        (folder / "tokenizer.json").write_text(json.dumps(document))
+    assert difference(folders[0], folders[1]) == ""
+    assert difference(folders[0], folders[2]) == "token 1 is 'y' in the model and 'z' in the draft"
+    for folder in folders:
+        (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    assert difference(folders[0], folders[1]) == ""
+    assert difference(folders[0], folders[2]) == "their files tokenizer.model differ"
+
+
+def test_backend_without_drafts_is_refused_before_the_draft_is_looked_for(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(PlanError, match="the openvino backend cannot do this yet"):
+        job(tmp_path, model, Path("no/such-model"), device="cpu")
