@@ -113,3 +113,18 @@ def test_tail_reads_the_end_of_a_large_file(tmp_path: Path) -> None:
     (tmp_path / "big").write_text("".join(f"line {i}\n" for i in range(100_000)))
     assert runner.tail(tmp_path / "big", 2) == "line 99998\nline 99999"
     assert runner.tail(tmp_path / "none") == ""
+
+
+def test_follow_hands_over_every_line_while_the_program_runs(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("of an earlier program\n")
+    script = "echo one; printf '10%%\\r20%%\\r'; while [ ! -e seen ]; do sleep 0.02; done; printf 'two\\nlast'; exit 3"
+    heard: list[str] = []
+
+    def hear(line: str) -> None:
+        heard.append(line)
+        if line == "one":
+            (tmp_path / "seen").touch()
+
+    with runner.start(["sh", "-c", script], log=tmp_path / "log", cwd=tmp_path) as process:
+        assert process.follow(hear, every_s=0.05) == 3
+    assert heard == ["one", "10%", "20%", "two", "last"]

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -59,10 +59,13 @@ def tail(path: Path, n: int = 20) -> str:
 class Process:
     """A foreign program that runs under a guard. ``pid`` is also the id of its process group and session."""
 
-    def __init__(self, argv: Sequence[str], guard: subprocess.Popen[bytes], pid: int, log: Path) -> None:
+    def __init__(
+        self, argv: Sequence[str], guard: subprocess.Popen[bytes], pid: int, log: Path, begin: int = 0
+    ) -> None:
         self.argv = tuple(argv)
         self.pid = pid
         self.log = log
+        self._begin = begin
         self._guard = guard
         self._exit_code: int | None = None
         self._lock = threading.Lock()
@@ -79,6 +82,24 @@ class Process:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._guard.wait(timeout_s)
         return self.poll()
+
+    def follow(self, on_line: Callable[[str], None], every_s: float = 0.2) -> int:
+        """Waits for the program, hands over every whole line that its log gets meanwhile, and gives the exit code.
+
+        What it rewrites with a carriage return, as bars do, comes as lines of their own.
+        """
+        with self.log.open(encoding="utf-8", errors="replace", newline=None) as log:
+            log.seek(self._begin)
+            rest = ""
+            while True:
+                code = self.wait(every_s)
+                *lines, rest = (rest + log.read()).split("\n")
+                for line in lines:
+                    on_line(line)
+                if code is not None:
+                    if rest:
+                        on_line(rest)
+                    return code
 
     def terminate(self, grace_s: float) -> int:
         """SIGTERM to the program, ``grace_s`` to finish, then SIGKILL to its whole group; gives the exit code."""
@@ -150,6 +171,7 @@ def start(
         "afterwards": list(afterwards),
     }
     with log.open("ab") as errors:
+        begin = errors.tell()
         guard = subprocess.Popen(
             [sys.executable, "-I", "-S", str(_GUARD), Path(argv[0]).name],
             stdin=subprocess.PIPE,
@@ -164,7 +186,7 @@ def start(
         _close(guard)
         guard.wait()
         raise
-    return Process(argv, guard, pid, log)
+    return Process(argv, guard, pid, log, begin)
 
 
 def run(

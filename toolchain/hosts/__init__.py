@@ -8,7 +8,7 @@ from typing import cast
 from toolchain.errors import ToolError
 from toolchain.host import Host
 
-NAMES = ("local",)
+NAMES = ("local", "container")
 
 
 def load(spoken: str) -> Host:

@@ -3,44 +3,57 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 from toolchain import runner
-from toolchain.errors import ToolError
-from toolchain.gpu import missing_gpu
 from toolchain.host import EngineJob, HostCommand
+from toolchain.hosts import machine, watching
+from toolchain.hosts.command import image, read_gpus, with_gpus
 from toolchain.progress import Progress
 
-PROGRAM = "trtllm-build"
+_PROBE_TIMEOUT_S = 120.0
 
 
 class Local:
-    """The machine that scalellm runs on."""
+    """The machine that scalellm runs on. ``gpus``: those to use, by the numbers of nvidia-smi; empty for all."""
 
-    name = "local"
+    def __init__(self, gpus: tuple[str, ...] = ()) -> None:
+        self.gpus = gpus
+        self.name = f"local:{','.join(gpus)}" if gpus else "local"
 
     def lacks(self, job: EngineJob) -> tuple[str, ...]:
-        missing = missing_gpu(job.device.sm, job.device.title)
-        if shutil.which(PROGRAM) is None:
-            missing.append(f"{PROGRAM} of TensorRT-LLM {job.release.version}: it is not on PATH")
-        return tuple(missing)
+        found = probe(job, "")
+        return (
+            *machine.without_gpus(found, job, self.gpus or _visible(), on="local:"),
+            *machine.without_builder(found, job),
+            *machine.without_room(found, job, copies=1),
+        )
 
     def commands(self, job: EngineJob) -> tuple[HostCommand, ...]:
-        argv = job.argv(str(job.checkpoint), str(job.out))
+        argv = with_gpus(job.argv(str(job.checkpoint.absolute()), str(job.out.absolute())), self.gpus)
         where = f"this machine, with TensorRT-LLM {job.release.version} and a GPU of SM {job.device.sm}"
         return (HostCommand("the engine", where, argv),)
 
     def build(self, job: EngineJob, log: Path, progress: Progress) -> None:
         (command,) = self.commands(job)
-        with runner.start(command.argv, log=log, env=os.environ) as process:
-            code = process.wait()
+        watching.fresh(log)
+        code = watching.build(command.argv, job, log, progress, on=self.name)
         if code:
-            raise ToolError(f"{PROGRAM} ended with exit code {code}\n{runner.tail(log)}", hint=f"The whole log: {log}")
+            raise watching.failure(command.argv, code, job, log, what="trtllm-build")
+
+
+def probe(job: EngineJob, tools: str) -> machine.Machine:
+    """What this machine has; ``tools`` are the container tools to ask, ``"docker podman"``."""
+    script = ("sh", "-c", machine.PROBE, "probe", str(job.out.absolute()), image(job.release), tools)
+    return machine.parse(runner.run(script, timeout_s=_PROBE_TIMEOUT_S, check=False).stdout)
+
+
+def _visible() -> tuple[str, ...] | None:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves, where it names them by numbers; None where all are left."""
+    named = tuple(os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(","))
+    return named if all(name.isdigit() for name in named) else None
 
 
 def connect(target: str) -> Local:
-    """``target`` is what follows the colon of ``--on``; this machine has none."""
-    if target:
-        raise ToolError(f"--on local:{target}: this machine has no other name", hint="--on local")
-    return Local()
+    """``target`` is what follows the colon of ``--on``: the GPUs to use, ``"1"`` or ``"0,1"``. Raises ToolError."""
+    return Local(read_gpus(target, f"local:{target}") if target else ())

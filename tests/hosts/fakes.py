@@ -1,0 +1,182 @@
+"""Programs that stand for those of a GPU machine: they write down how they were called and leave what real ones leave.
+
+One source under several names, in a folder that a test puts on PATH. What they show and how they end stands in a file
+beside them, ``behavior.json``, because a container or a login does not pass the environment on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from toolchain.device import device
+from toolchain.host import EngineJob
+from toolchain.release import releases
+
+RTX4090 = "0, NVIDIA GeForce RTX 4090, 8.9, 24564, 24000, 595.10.02"
+L4 = "1, NVIDIA L4, 8.9, 23034, 22000, 595.10.02"
+A100 = "0, NVIDIA A100-SXM4-80GB, 8.0, 81920, 81000, 535.161.08"
+
+SOURCE = '''
+import json, os, shlex, subprocess, sys, time
+from pathlib import Path
+
+here = Path(__file__).parent
+name, args = Path(sys.argv[0]).name, sys.argv[1:]
+behavior = json.loads((here / "behavior.json").read_text())
+call = {"program": name, "argv": args, "env": dict(os.environ), "cwd": os.getcwd()}
+descriptor = os.open(here / "calls.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+os.write(descriptor, (json.dumps(call) + "\\n").encode())
+
+def build(args):
+    """What trtllm-build does: config.json and a file for each rank, a timing cache in the working folder."""
+    flags = dict(zip(args[::2], args[1::2]))
+    for line in behavior["says"]:
+        print(line, flush=True)
+    if behavior["sleep_s"]:
+        subprocess.Popen(["sleep", "300"])
+        time.sleep(behavior["sleep_s"])
+    if behavior["exit"]:
+        sys.exit(behavior["exit"])
+    config = json.loads(Path(flags["--checkpoint_dir"], "config.json").read_text())
+    out = Path(flags["--output_dir"])
+    out.mkdir(exist_ok=True)
+    (out / "config.json").write_text(json.dumps({"version": behavior["version"], "pretrained_config": config}))
+    for rank in range(int(flags.get("--workers", 1))):
+        (out / f"rank{rank}.engine").write_bytes(b"engine of rank %d" % rank)
+    Path("model.cache").write_bytes(b"timing")
+
+def container(args):
+    if args[0] == "info":
+        print("Client: a fake")
+        if behavior["info_error"]:
+            print(behavior["info_error"], file=sys.stderr)
+            sys.exit(1)
+    elif args[:2] == ["image", "inspect"]:
+        sys.exit(0 if args[2] in behavior["images"] else 1)
+    elif args[0] == "run":
+        mounts = {}
+        for arg in args:
+            if arg.startswith("--volume="):
+                source, target, *mode = arg.removeprefix("--volume=").split(":")
+                mounts[target] = (source, mode)
+        at = next(index for index, arg in enumerate(args) if index and not arg.startswith("--"))
+        inside = args[at + 1:]
+        if args[at] not in behavior["images"]:
+            print(f"docker: Error response from daemon: No such image: {args[at]}.", file=sys.stderr)
+            sys.exit(125)
+        assert inside[0] == "trtllm-build" and mounts["/checkpoint"][1] == ["ro"] and not mounts["/engine"][1], mounts
+        os.chdir("/tmp" if "--workdir=/tmp" in args else "/")
+        build([mounts.get(word, (word,))[0] for word in inside[1:]])
+
+def ssh(args):
+    """Runs the command as a login would: in the home folder of the other machine, by its shell."""
+    words = iter(args)
+    while (word := next(words)).startswith("-"):
+        if word in ("-o", "-p", "-l", "-i"):
+            next(words)
+        elif word == "--":
+            word = next(words)
+            break
+    if behavior["refuse"]:
+        print(behavior["refuse"], file=sys.stderr)
+        sys.exit(255)
+    home = Path(behavior["home"])
+    env = {"HOME": str(home), "PATH": behavior["path"], "USER": "builder"}
+    if "PYTHONPATH" in os.environ:
+        env["PYTHONPATH"] = os.environ["PYTHONPATH"]
+    for line in behavior["greeting"]:
+        print(line)
+    sys.stdout.flush()
+    try:
+        command = ["sh", "-c", " ".join(words)]
+        sys.exit(subprocess.run(command, cwd=home, env=env, timeout=behavior["drop_s"]).returncode)
+    except subprocess.TimeoutExpired:
+        print("client_loop: send disconnect: Broken pipe", file=sys.stderr)
+        sys.exit(255)
+
+if name == "trtllm-build":
+    build(args)
+elif name == "nvidia-smi":
+    print("\\n".join(behavior["gpus"]))
+    sys.exit(0 if any(", " in line for line in behavior["gpus"]) else 9)
+elif name in ("docker", "podman"):
+    container(args)
+elif name == "ssh":
+    ssh(args)
+'''
+
+
+class Programs:
+    """A folder of fake programs."""
+
+    def __init__(self, folder: Path, *names: str, version: str = "1.2.1", gpus: tuple[str, ...] = (RTX4090,)) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True)
+        for name in names:
+            program = folder / name
+            program.write_text(f"#!{sys.executable}\n{SOURCE}")
+            program.chmod(0o755)
+        self.site = folder / "site"
+        metadata = self.site / f"tensorrt_llm-{version}.dist-info" / "METADATA"
+        metadata.parent.mkdir(parents=True)
+        metadata.write_text(f"Metadata-Version: 2.1\nName: tensorrt_llm\nVersion: {version}\n")
+        self._behavior: dict[str, Any] = {
+            "gpus": list(gpus),
+            "version": version,
+            "says": [],
+            "exit": 0,
+            "sleep_s": 0,
+            "info_error": "",
+            "images": [],
+            "refuse": "",
+            "home": "",
+            "path": "",
+            "greeting": [],
+            "drop_s": None,
+        }
+        self.behave()
+
+    def behave(self, **changes: Any) -> None:
+        """What the programs show and how they end from now on."""
+        self._behavior |= changes
+        temporary = self.folder / "behavior.tmp"
+        temporary.write_text(json.dumps(self._behavior))
+        temporary.replace(self.folder / "behavior.json")
+
+    def calls(self, program: str) -> list[dict[str, Any]]:
+        """How a program was called, in order: argv, env, cwd."""
+        file = self.folder / "calls.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [call for call in map(json.loads, lines) if call["program"] == program]
+
+    @property
+    def path(self) -> str:
+        """PATH with these programs first, and without the machine's own docker."""
+        return os.pathsep.join([str(self.folder), "/usr/bin", "/bin"])
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What makes a process use these programs."""
+        known = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+        return {"PATH": self.path, "PYTHONPATH": os.pathsep.join([str(self.site), *known])}
+
+
+def make_job(folder: Path, *, version: str = "1.2.1", gpus: int = 1, kind: str = "rtx4090") -> EngineJob:
+    """A job with a small TensorRT-LLM checkpoint in ``folder``."""
+    checkpoint, out = folder / "trtllm checkpoint", folder / "engine.partial"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    out.mkdir(exist_ok=True)
+    (checkpoint / "config.json").write_text(json.dumps({"architecture": "LlamaForCausalLM"}))
+    for rank in range(gpus):
+        (checkpoint / f"rank{rank}.safetensors").write_bytes(bytes([rank]) * 5000)
+
+    def argv(source: str, target: str) -> tuple[str, ...]:
+        flags = ("--checkpoint_dir", source, "--output_dir", target, "--workers", str(gpus))
+        return ("trtllm-build", *flags, "--gemm_plugin", "auto")
+
+    release = releases()[version]
+    return EngineJob("rtx4090", release, device(kind), gpus, checkpoint, out, argv, "5f2c0a91d3e4" + "0" * 52)

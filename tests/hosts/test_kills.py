@@ -1,0 +1,92 @@
+"""kill -9 of scalellm during a build: the builder dies with it, nothing half-made is taken for an engine, and the next
+run builds again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.hosts.fakes import Programs
+from toolchain import workspace
+
+Install = Callable[..., Programs]
+
+RUN = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from tests.hosts.fakes import make_job
+from toolchain import hosts, workspace
+from toolchain.progress import Silent
+
+folder = Path(sys.argv[1])
+with workspace.draft(folder / "engine", "engine", {"of": "the test"}) as draft:
+    job = replace(make_job(folder / "made"), out=draft.path)
+    hosts.load(sys.argv[2]).build(job, folder / "build.log", Silent())
+    draft.commit(versions={}, recipe="")
+"""
+IMAGE = "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3"
+
+
+def _start(folder: Path, host: str, root: Path) -> subprocess.Popen[bytes]:
+    path = os.pathsep.join([str(root), os.environ["PYTHONPATH"]])
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, str(folder), host], cwd=root, env={**os.environ, "PYTHONPATH": path}
+    )
+
+
+def _until(condition: Callable[[], object], deadline_s: float = 30) -> None:
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def _sleepers(folder: Path) -> list[psutil.Process]:
+    """The processes of the fake builder: they alone have its folder on PATH first."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("PATH", "").startswith(str(folder)) and process.status() != "zombie":
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+@pytest.mark.parametrize("host", ["local", "container"])
+def test_kill_9_leaves_no_stamped_engine_and_no_builder(
+    programs: Install, tmp_path: Path, root: Path, host: str
+) -> None:
+    fake = programs("trtllm-build", "docker", "nvidia-smi")
+    fake.behave(sleep_s=300, images=[IMAGE], says=["[TRT-LLM] [I] Build TensorRT engine Unnamed Network 0"])
+    folder, log = tmp_path / "work", tmp_path / "work" / "build.log"
+    victim = _start(folder, host, root)
+    try:
+        _until(lambda: log.exists() and "Build TensorRT engine" in log.read_text())
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+    finally:
+        victim.kill()
+        victim.wait()
+    _until(lambda: not _sleepers(fake.folder))
+    assert workspace.read_stamp(folder / "engine") is None
+    assert not list(folder.glob("**/rank*.engine"))
+    if host == "container":  # the daemon's own child is none of ours, so that it must be told
+        _until(lambda: fake.calls("docker")[-1]["argv"][:2] == ["rm", "--force"])
+
+    fake.behave(sleep_s=0)
+    again = _start(folder, host, root)
+    assert again.wait(60) == 0
+    stamp = workspace.require(folder / "engine", "engine")
+    assert sorted(stamp.files) == ["config.json", "rank0.engine"]
+    assert json.loads((folder / "engine" / "config.json").read_text())["version"] == "1.2.1"

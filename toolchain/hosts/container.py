@@ -1,0 +1,76 @@
+"""A container of NVIDIA's image on this machine, with docker or podman: the image of the plan's release, pinned."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from toolchain import runner
+from toolchain.errors import ToolError
+from toolchain.host import EngineJob, HostCommand
+from toolchain.hosts import machine, watching
+from toolchain.hosts.command import container_argv, gpus_of, image, read_gpus, run_name
+from toolchain.hosts.local import probe
+from toolchain.progress import Progress
+
+TOOLS = ("docker", "podman")
+_RM_TIMEOUT_S = 60.0
+
+
+class Container:
+    """``trtllm-build`` inside the image of the release.
+
+    ``tool``: docker or podman, empty for whichever is on PATH; ``gpus``: those to use, empty for the first ones;
+    ``network``: leave the container its network, which the build does not need.
+    """
+
+    def __init__(self, tool: str = "", gpus: tuple[str, ...] = (), network: bool = False) -> None:
+        self.tool, self.gpus, self.network = tool, gpus, network
+        words = [*([tool] if tool else []), *(["network"] if network else []), *gpus]
+        self.name = ":".join(["container", *([",".join(words)] if words else [])])
+
+    def lacks(self, job: EngineJob) -> tuple[str, ...]:
+        tool = self._tool()
+        found = probe(job, tool)
+        return (
+            *machine.without_gpus(found, job, gpus_of(job, self.gpus), on="container:"),
+            *machine.without_container(found, job, tool),
+            *machine.without_room(found, job, copies=1),
+        )
+
+    def commands(self, job: EngineJob) -> tuple[HostCommand, ...]:
+        argv = container_argv(
+            self._tool(),
+            job,
+            checkpoint=str(job.checkpoint.absolute()),
+            out=str(job.out.absolute()),
+            user=f"{os.getuid()}:{os.getgid()}",
+            gpus=gpus_of(job, self.gpus),
+            keep_id=os.getuid() != 0,
+            network=self.network,
+        )
+        return (HostCommand("the engine", f"this machine, in {image(job.release)}", argv),)
+
+    def build(self, job: EngineJob, log: Path, progress: Progress) -> None:
+        (command,) = self.commands(job)
+        watching.fresh(log)
+        remove = (self._tool(), "rm", "--force", run_name(job))
+        runner.run(remove, timeout_s=_RM_TIMEOUT_S, check=False)  # what a machine that lost its power left
+        code = watching.build(command.argv, job, log, progress, on=self.name, afterwards=remove)
+        if code:
+            raise watching.failure(command.argv, code, job, log, what=f"trtllm-build in {image(job.release)}")
+
+    def _tool(self) -> str:
+        return self.tool or next((tool for tool in TOOLS if shutil.which(tool)), TOOLS[0])
+
+
+def connect(target: str) -> Container:
+    """``target`` is what follows the colon of ``--on``: GPUs, a tool, ``network``: ``"podman,1"``. Raises ToolError."""
+    words = target.split(",") if target else []
+    tools = [word for word in words if word in TOOLS]
+    gpus = ",".join(word for word in words if word not in (*TOOLS, "network"))
+    if len(tools) > 1:
+        raise ToolError(f"--on container:{target}: docker or podman, not both", hint="--on container:podman")
+    picked = read_gpus(gpus, f"container:{target}") if gpus else ()
+    return Container(tools[0] if tools else "", picked, "network" in words)
