@@ -36,7 +36,19 @@ _SHARED = {
     "tensorrt_llm_bls": ("channel.py", "detokenizer.py", "prompts.py", "tensors.py", "tokenizer.py", "words.py"),
 }
 """Files of ``common/shared`` that each model needs beside it: Triton puts the version folder on ``sys.path``."""
-_SHARED_WITH_ENGINE = {"openvino": ("channel.py", "detokenizer.py", "tensors.py", "words.py")}
+_OF_OUR_ENGINES = (
+    "asked.py",
+    "channel.py",
+    "detokenizer.py",
+    "engine_model.py",
+    "generation.py",
+    "lanes.py",
+    "senders.py",
+    "stop_words.py",
+    "tensors.py",
+    "words.py",
+)
+_SHARED_WITH_ENGINE = {"openvino": _OF_OUR_ENGINES}
 """The same for ``tensorrt_llm`` of each backend that has a private line to ``tensorrt_llm_bls``."""
 _WITH_TOKENIZER = ("preprocessing", "postprocessing", "tensorrt_llm_bls")
 _TOKENIZER_FILES = (

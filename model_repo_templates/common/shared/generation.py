@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from asked import Specification
 from senders import Sender
-from specification import Specification
 from stop_words import StopMatcher
 
 
