@@ -7,7 +7,7 @@ typing error is found here and not by Triton. It does not know which values an e
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,6 +19,9 @@ from toolchain.errors import ArtifactError
 
 CONTENTS = "repository.json"
 """What the repository is, for people and for the next stages; Triton looks at folders only."""
+
+IMAGES = "nvcr.io/nvidia"
+"""Where NVIDIA's images are."""
 
 _PLACEHOLDER = re.compile(r"\$\{([^}]*)\}")
 
@@ -56,6 +59,42 @@ def render_all(templates: Mapping[str, str], parameters: Mapping[str, Value]) ->
     return {name: render(text, parameters, name) for name, text in templates.items()}
 
 
+_MAP = re.compile(r'^ *(input|output)_map \{ key: "([^"]+)" value: "([^"]+)" \}$')
+_TENSOR = re.compile(r'^  \{ name: "([^"]+)" .*\},?$')
+_MODEL = re.compile(r'^ *model_name: "([^"]+)"$')
+
+
+def fit_ensemble(text: str, model: str, input_named: Callable[[str], str | None], outputs: Collection[str]) -> str:
+    """The ensemble's config.pbtxt, wired to what ``model`` has in an older release.
+
+    ``input_named`` gives the name of an input there, or None where there is none, ``outputs`` are its outputs. A map
+    to a tensor that is not there goes, and with it the tensor that clients would have used: Triton then refuses it by
+    name. Works on our own template, in which each tensor and each map has a line of its own.
+    """
+    gone, lines, at = {"input": set[str](), "output": set[str]()}, [], ""
+    for line in text.splitlines():
+        if step := _MODEL.match(line):
+            at = step.group(1)
+        if at == model and (mapped := _MAP.match(line)):
+            kind, key, value = mapped.groups()
+            here = input_named(key) if kind == "input" else (key if key in outputs else None)
+            if here is None:
+                gone[kind].add(value)
+                continue
+            line = line.replace(f'key: "{key}"', f'key: "{here}"')
+        lines.append(line)
+    kind, kept = "", list[str]()
+    for line in lines:
+        kind = next((name for name in gone if line == f"{name} ["), kind)
+        tensor = _TENSOR.match(line)
+        if tensor and tensor.group(1) in gone[kind]:
+            continue
+        if line == "]" and kept[-1].endswith(","):  # the last of the list is gone
+            kept[-1] = kept[-1][:-1]
+        kept.append(line)
+    return "\n".join(kept) + "\n"
+
+
 def _literal(value: Value) -> str:
     if isinstance(value, bool):
         return str(value).lower()
@@ -76,6 +115,14 @@ class Repository:
     """The names of Triton's models, as their folders are called."""
     parameters: dict[str, Any]
     """What the configurations were rendered with."""
+    services: int = 1
+    """Servers that are to run on it, each with a cache of its own."""
+    release: str | None = None
+    """TensorRT-LLM; None for an engine that needs none."""
+    image: str | None = None
+    """The container image that serves it, with its registry host; None where any Triton does."""
+    gpus: int = 0
+    """GPUs of one service, which are ranks of one engine."""
 
     @classmethod
     def open(cls, path: Path) -> Repository:
@@ -84,7 +131,8 @@ class Repository:
         raw = read_json(path / CONTENTS)
         try:
             models = tuple(raw["models"])
-            repository = cls(path, stamp, raw["backend"], models, dict(raw["parameters"]))
+            served = {name: raw[name] for name in ("services", "release", "image", "gpus") if name in raw}
+            repository = cls(path, stamp, raw["backend"], models, dict(raw["parameters"]), **served)
         except (KeyError, TypeError, ValueError) as error:
             raise _unreadable(path / CONTENTS, error) from error
         repository._check(models)

@@ -246,7 +246,7 @@ class Job:
         return Order(self.plan, source, out, self.progress, key, self.host, self.folder / "build.log")
 
     def _make_repository(self, draft: Draft) -> None:
-        hashes = package_stage.package(Engine.open(self.folder / "engine"), draft.path)
+        hashes = package_stage.package(Engine.open(self.folder / "engine"), draft.path, services=self.plan.services)
         for file, digest in hashes.items():
             draft.known_hash(file, digest)
 

@@ -3,8 +3,9 @@
     OUT/preprocessing  OUT/tensorrt_llm  OUT/postprocessing  OUT/ensemble  OUT/tensorrt_llm_bls      (version folder 1)
 
 The models' files come from ``model_repo_templates``: ``common`` is the same for every backend, ``tensorrt_llm`` comes
-from the backend's own folder. The engine's files are hard links where the disk allows it, so that a repository costs no
-second copy of the weights. It does not start anything.
+from the backend's own folder, or, for a TensorRT-LLM engine, from what its release knows (``engine_model``), and the
+ensemble is wired to what that release has. The engine's files are hard links where the disk allows it, so that a
+repository costs no second copy of the weights. It does not start anything.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain import workspace
 from toolchain.engine import Engine
+from toolchain.engine_model import EngineModel
 from toolchain.errors import ArtifactError
-from toolchain.repository import CONTENTS, Value, render_all
+from toolchain.repository import CONTENTS, IMAGES, Value, fit_ensemble, render_all
+from toolchain.triton_model import NAME
 
 if TYPE_CHECKING:
     from toolchain.plan import Plan
@@ -29,7 +32,9 @@ VERSION = "1"
 """Raised when the same engine would give another repository for a reason that ``inputs`` does not see."""
 
 COMMON = ("preprocessing", "postprocessing", "tensorrt_llm_bls", "ensemble")
-ENGINE_MODEL = "tensorrt_llm"
+ENGINE_MODEL = NAME
+RENDERED = "tensorrt_engine"
+"""The backend whose ``tensorrt_llm`` is NVIDIA's own, in the engine's release."""
 _SHARED = {
     "preprocessing": ("detokenizer.py", "prompts.py", "tensors.py", "tokenizer.py", "words.py"),
     "postprocessing": ("detokenizer.py", "tensors.py", "tokenizer.py"),
@@ -66,39 +71,48 @@ def inputs(plan: Plan, engine_key: str) -> dict[str, Any]:
     """What the repository depends on, as plain JSON: its key is the hash of this."""
     templates = workspace.shipped("model_repo_templates")
     files = [*_files(templates / "common"), *_files(templates / plan.backend)]
+    digests = {path.relative_to(templates).as_posix(): workspace.sha256_of(path) for path in files}
+    if plan.backend == RENDERED:
+        digests["triton_models"] = workspace.key_of(workspace.facts("triton_models"))
     return {
         **plan.slice("package"),
         "package_version": VERSION,
-        "templates": workspace.key_of(
-            {path.relative_to(templates).as_posix(): workspace.sha256_of(path) for path in files}
-        ),
+        "templates": workspace.key_of(digests),
         "engine": engine_key,
     }
 
 
-def package(engine: Engine, out: Path, *, parameters: Mapping[str, Value] | None = None) -> dict[str, str]:
+def package(
+    engine: Engine, out: Path, *, services: int = 1, parameters: Mapping[str, Value] | None = None
+) -> dict[str, str]:
     """Write the repository of ``engine`` into the draft folder ``out``.
 
-    ``parameters`` replaces values of ``defaults(engine)``. Returns the sha256 of the engine's own files by their path
-    in ``out``, so that nobody has to read the weights again. Raises ArtifactError for a backend without templates, an
-    unknown parameter, or an engine without a tokenizer.
+    ``services`` servers will be started on it. ``parameters`` replaces values of ``defaults(engine)``. Returns the
+    sha256 of the engine's own files by their path in ``out``, so that nobody has to read the weights again. Raises
+    ArtifactError for a backend without templates, an unknown parameter, an engine without a tokenizer, and one that is
+    not what its passport says.
     """
     templates = workspace.shipped("model_repo_templates")
     backend = engine.passport.backend
     sources = {name: templates / "common" / name for name in COMMON}
-    sources[ENGINE_MODEL] = templates / backend / ENGINE_MODEL
-    if not sources[ENGINE_MODEL].is_dir():
-        raise ArtifactError(f"{engine.path}: there are no templates for the backend {backend!r} in {templates}")
+    if backend != RENDERED:
+        sources[ENGINE_MODEL] = templates / backend / ENGINE_MODEL
+        if not sources[ENGINE_MODEL].is_dir():
+            raise ArtifactError(f"{engine.path}: there are no templates for the backend {backend!r} in {templates}")
     values = {**defaults(engine), **(parameters or {})}
-    configurations = render_all(
-        {name: (source / "config.pbtxt").read_text(encoding="utf-8") for name, source in sources.items()}, values
-    )
-    for name, source in sources.items():
-        _write_model(out / name, source, configurations[name])
+    texts = {name: (source / "config.pbtxt").read_text(encoding="utf-8") for name, source in sources.items()}
+    if backend == RENDERED:
+        model = EngineModel.of(engine)
+        texts["ensemble"] = fit_ensemble(texts["ensemble"], ENGINE_MODEL, model.input_named, model.outputs)
+    configurations = render_all(texts, values)
+    if backend == RENDERED:
+        configurations[ENGINE_MODEL] = model.config(f"{ENGINE_MODEL}/1/engine", _queue(engine))
+    for name, text in configurations.items():
+        _write_model(out / name, sources.get(name), text)
         for shared in _shared(name, backend):
             shutil.copyfile(templates / "common" / "shared" / shared, out / name / "1" / shared)
     known = _place_tokenizer(engine, out) | _place_engine(engine, out)
-    contents = {"backend": backend, "recipe": engine.passport.recipe, "models": sorted(sources), "parameters": values}
+    contents = {**_contents(engine, services), "models": sorted(configurations), "parameters": values}
     workspace.write_durably(out / CONTENTS, (json.dumps(contents, indent=2, sort_keys=True) + "\n").encode())
     return known
 
@@ -106,8 +120,7 @@ def package(engine: Engine, out: Path, *, parameters: Mapping[str, Value] | None
 def defaults(engine: Engine) -> dict[str, Value]:
     """The value of every placeholder, from the engine's passport where it decides."""
     passport, limits = engine.passport, engine.passport.limits
-    queue = 4 * limits.max_batch_size
-    return {
+    common: dict[str, Value] = {
         "triton_max_batch_size": limits.max_batch_size,
         "tokenizer_dir": "tokenizer",
         "add_special_tokens": True,
@@ -117,24 +130,47 @@ def defaults(engine: Engine) -> dict[str, Value]:
         "vocab_size": passport.vocab_size,
         "preprocessing_instance_count": 1,
         "postprocessing_instance_count": 1,
-        "bls_max_concurrent_requests": limits.max_batch_size + queue,
+        "bls_max_concurrent_requests": limits.max_batch_size + _queue(engine),
         "tensorrt_llm_model_name": ENGINE_MODEL,
         "engine_door": "line" if passport.backend in _SHARED_WITH_ENGINE else "bls",
+    }
+    if passport.backend == RENDERED:
+        return {**common, **EngineModel.of(engine).placeholders}
+    return {
+        **common,
+        "engine_release": "",
+        "engine_renamed": "",
+        "engine_lacks": "",
         "logits_datatype": "TYPE_FP32",
         "engine_dir": "engine",
-        "max_queue_size": queue,
+        "max_queue_size": _queue(engine),
         "max_beam_width": 4,
         "status_file": "",
     }
+
+
+def _queue(engine: Engine) -> int:
+    """Requests that wait at most, beside those in flight."""
+    return 4 * engine.passport.limits.max_batch_size
+
+
+def _contents(engine: Engine, services: int) -> dict[str, Any]:
+    """What ``serve`` must know of the repository."""
+    passport = engine.passport
+    image = f"{IMAGES}/{passport.container}" if passport.container else None
+    release = {"release": passport.release, "image": image, "gpus": passport.tp * passport.pp if image else 0}
+    return {"backend": passport.backend, "recipe": passport.recipe, "services": services, **release}
 
 
 def _shared(model: str, backend: str) -> tuple[str, ...]:
     return _SHARED_WITH_ENGINE.get(backend, ()) if model == ENGINE_MODEL else _SHARED.get(model, ())
 
 
-def _write_model(folder: Path, source: Path, configuration: str) -> None:
+def _write_model(folder: Path, source: Path | None, configuration: str) -> None:
     (folder / "1").mkdir(parents=True, exist_ok=True)
     (folder / "config.pbtxt").write_text(configuration, encoding="utf-8")
+    if source is None:
+        return
     for path in _files(source / "1"):
         target = folder / "1" / path.relative_to(source / "1")
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from detokenizer import Anchor
 from doors import Door, FailedError, as_tensors
 from tensors import RefusedError, read, scalar, strings
 from tokenizer import Tokenizer
-from wiring import to_engine, to_preprocessing, wanted_outputs
+from wiring import EngineNames, to_engine, to_preprocessing, wanted_outputs
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -26,6 +26,7 @@ class Setting:
         self.tokenizer = tokenizer
         self.anchor = Anchor(tokenizer)
         self.door = door
+        self.engine = EngineNames.of(parameters)
         self.skip_special = parameters["skip_special_tokens"].lower() in {"true", "1", "yes"}
         self.exclude_input = parameters["exclude_input_in_output"].lower() in {"true", "1", "yes"}
 
@@ -78,7 +79,8 @@ class Relay:
         streaming = bool(scalar(inputs, "stream", False))
         piecewise = streaming or (bool(stop_words) and scalar(inputs, "beam_width", 1) == 1)
         answers = Answers(setting.tokenizer, setting.anchor, stop_words, setting.skip_special)
-        self._follow(answers, to_engine(inputs, prepared, streaming=piecewise), streaming)
+        tensors = to_engine(inputs, prepared, streaming=piecewise, engine=setting.engine)
+        self._follow(answers, tensors, streaming)
         if self._cancelled:
             raise FailedError("the client cancelled this request", "CANCELLED")
         answers.finish()
@@ -88,7 +90,7 @@ class Relay:
         """Take the engine's responses as they come; stop it when every sequence has met a stop word."""
         door, stopped = self._setting.door, False
         self._engine_busy = True
-        for outputs in door.generate(self._id, tensors, wanted_outputs(self._inputs)):
+        for outputs in door.generate(self._id, tensors, wanted_outputs(self._inputs, self._setting.engine)):
             index = answers.push(outputs)
             if answers.all_stopped and not stopped:
                 stopped = True

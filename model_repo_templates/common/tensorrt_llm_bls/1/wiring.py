@@ -5,8 +5,10 @@ The same wiring as the ensemble's config.pbtxt. It knows nothing of Triton.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
-from tensors import refuse, scalar
+from tensors import RefusedError, refuse, says_nothing, scalar
 
 _IMAGES = "this model takes text only"
 _DRAFT = "speculative decoding with a draft model is not set up on this server"
@@ -93,6 +95,43 @@ _OUTPUTS_OF = {
 }
 
 
+@dataclass(frozen=True)
+class EngineNames:
+    """How the engine's ``tensorrt_llm`` differs from the newest one, whose names are used here."""
+
+    release: str = ""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """(newest name, the engine's name) of inputs."""
+    lacks: frozenset[str] = frozenset()
+    """Inputs and outputs, by their newest names."""
+
+    @classmethod
+    def of(cls, parameters: dict[str, str]) -> EngineNames:
+        """From the model's parameters: words, and pairs as ``newest=here``."""
+        pairs = tuple(pair.split("=", 1) for pair in parameters["engine_renamed"].split())
+        lacks = frozenset(parameters["engine_lacks"].split())
+        return cls(parameters["engine_release"], tuple((newest, here) for newest, here in pairs), lacks)
+
+    def inputs(self, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Newest names -> the engine's. RefusedError for one that it lacks, unless it asks for nothing.
+
+        ``exclude_input_in_output`` is left out: every engine here is told so by its configuration.
+        """
+        names = dict(self.renamed)
+        found = {}
+        for name, array in tensors.items():
+            if name not in self.lacks:
+                found[names.get(name, name)] = array
+            elif name != "exclude_input_in_output" and not says_nothing(array, _NEUTRAL.get(name, 0.0)):
+                raise RefusedError(f"{name}: the engine's release, {self.release}, does not have it")
+        return found
+
+
+_NEUTRAL = {"num_return_sequences": 1.0}
+"""Values besides zero that ask for nothing."""
+NEWEST = EngineNames()
+
+
 def to_preprocessing(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The client's tensors -> preprocessing's. Raises Refused for what this repository never takes."""
     refuse(inputs, UNSUPPORTED)
@@ -100,14 +139,21 @@ def to_preprocessing(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def to_engine(
-    inputs: dict[str, np.ndarray], prepared: dict[str, np.ndarray], *, streaming: bool
+    inputs: dict[str, np.ndarray],
+    prepared: dict[str, np.ndarray],
+    *,
+    streaming: bool,
+    engine: EngineNames = NEWEST,
 ) -> dict[str, np.ndarray]:
-    """The client's tensors and preprocessing's outputs -> tensorrt_llm's inputs. Empty tensors are left out."""
+    """The client's tensors and preprocessing's outputs -> tensorrt_llm's inputs. Empty tensors are left out.
+
+    Raises RefusedError for what the engine's release cannot do.
+    """
     tensors = {name: prepared[source] for name, source in _FROM_PREPROCESSING.items()}
     tensors.update({name: inputs[source] for name, source in _FROM_CLIENT.items() if source in inputs})
     tensors["streaming"] = np.array([[streaming]])
     tensors["exclude_input_in_output"] = np.array([[True]])
-    return {name: array for name, array in tensors.items() if array.size}
+    return engine.inputs({name: array for name, array in tensors.items() if array.size})
 
 
 def stop_request() -> dict[str, np.ndarray]:
@@ -116,10 +162,10 @@ def stop_request() -> dict[str, np.ndarray]:
     return {"input_ids": one, "input_lengths": one, "request_output_len": one, "stop": np.array([[True]])}
 
 
-def wanted_outputs(inputs: dict[str, np.ndarray]) -> list[str]:
-    """The outputs of tensorrt_llm to ask for."""
+def wanted_outputs(inputs: dict[str, np.ndarray], engine: EngineNames = NEWEST) -> list[str]:
+    """The outputs of tensorrt_llm to ask for, without those that the engine's release does not have."""
     names = ["output_ids", "sequence_length", "batch_index", "sequence_index"]
     for flag, outputs in _OUTPUTS_OF.items():
         if scalar(inputs, flag, False):
             names.extend(outputs)
-    return names
+    return [name for name in names if name not in engine.lacks]
