@@ -27,6 +27,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
+from toolchain.build_peaks import Peak
 from toolchain.errors import RecipeError, ScalellmError
 from toolchain.plan import Plan
 from toolchain.progress import Task
@@ -82,8 +83,8 @@ class Screen:
             table.add_row(*(Text(cell) for cell in row))
         self.out.print(table)
 
-    def plan(self, plan: Plan, source: str) -> None:
-        """Every decision with its reason, the memory line by line, prices and warnings."""
+    def plan(self, plan: Plan, source: str, peaks: Sequence[Peak] = ()) -> None:
+        """Every decision with its reason, the memory line by line, what making it takes, prices and warnings."""
         self.table(
             f"{plan.recipe.name}: {source} on {plan.device.title}",
             ("decision", "value", "because"),
@@ -98,6 +99,9 @@ class Screen:
             f"\nFits, with {memory.max_kv_tokens} tokens of KV cache: "
             f"{memory.sequences_at_full_length} sequences at full length per service."
         )
+        self.say()
+        made = [(peak.stage, peak.resource, format_bytes(peak.bytes), f"{peak.how} ({peak.source})") for peak in peaks]
+        self.table("what making it takes", ("stage", "of", "size", "how"), made)
         for price in plan.prices:
             self.say(f"price: ${price.usd_per_hour}/h {price.vendor} {price.kind} ({price.date}, {price.source})")
         for warning in plan.warnings:

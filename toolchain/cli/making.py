@@ -38,8 +38,8 @@ def plan(recipe: str, model: str | None, work: Path, json_output: bool, verbose:
     """
     screen = open_screen(json_output, verbose)
     job = open_job(screen, recipe, model, work)
-    screen.emit(job.plan.to_json())
-    screen.plan(job.plan, job.source)
+    screen.emit({**job.plan.to_json(), "build_peaks": [vars(peak) for peak in job.peaks]})
+    screen.plan(job.plan, job.source, job.peaks)
 
 
 @click.command()

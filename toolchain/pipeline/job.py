@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from toolchain import __version__, variant, workspace
+from toolchain import __version__, build_peaks, variant, workspace
 from toolchain.backends import Order
+from toolchain.build_peaks import Peak
 from toolchain.checkpoint import Checkpoint
 from toolchain.device import device
 from toolchain.engine import Engine
@@ -24,6 +25,7 @@ from toolchain.plan import Plan, make_plan
 from toolchain.progress import Progress
 from toolchain.quantization import WEIGHTS
 from toolchain.quantizers import conversations, report_html, samples
+from toolchain.quantizers import peaks as quantizer_peaks
 from toolchain.quantizers.place import ON_CPU, Place
 from toolchain.quantizers.report import REPORT
 from toolchain.recipe import Recipe
@@ -85,6 +87,11 @@ class Job:
     def path(self, name: str) -> Path:
         """Where the artifact ``name`` lies."""
         return self._quantized if name == "checkpoint" else self.folder / name
+
+    @property
+    def peaks(self) -> tuple[Peak, ...]:
+        """What making the artifacts takes at the most."""
+        return (*quantizer_peaks.peaks(self.plan), *build_peaks.peaks(self.plan))
 
     def states(self) -> list[State]:
         """What is fresh and what is stale, without making anything. Stale inputs make stale all that follows."""

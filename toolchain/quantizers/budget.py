@@ -80,6 +80,11 @@ def need(work: Work, chunk_tokens: int, base: int | None = None) -> Need:
     return Need(host + computing + products + work.threads * _THREAD, 0)
 
 
+def least_need(work: Work) -> Need:
+    """What ``work`` takes with the fewest tokens at once, with which it still runs."""
+    return need(work, list(_chunks(work))[-1])
+
+
 def choose_chunk(
     work: Work,
     *,

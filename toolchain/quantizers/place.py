@@ -7,6 +7,7 @@ What is made does not depend on it but for rounding: a GPU adds in another order
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from toolchain.units import format_bytes
 if TYPE_CHECKING:
     import torch
 
+_MOST_THREADS = 16
 _SHAPE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -90,6 +92,11 @@ def memory_errors() -> Iterator[None]:
             hint="Finished layers are kept: close other programs and run the same command again, "
             "or say how much may be used: --max-ram 4GiB",
         ) from error
+
+
+def usable_cores() -> int:
+    """The cores that this process may use, as far as it pays to use them."""
+    return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
 
 
 def resident() -> int | None:

@@ -7,7 +7,6 @@ thread computed them, so that sums over them are reproducible. It knows nothing 
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,16 +15,12 @@ from typing import Self, TypeVar
 
 import torch
 
+from toolchain.quantizers.place import usable_cores
+
 _CPU_BLOCK, _GPU_BLOCK = 768 * 1024, 2**24
 """Elements: what stays in a core's cache; what fills a GPU."""
-_MOST_THREADS = 16
 
 T = TypeVar("T")
-
-
-def usable_cores() -> int:
-    """The cores that this process may use, as far as it pays to use them."""
-    return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
 
 
 class Scratch(threading.local):

@@ -16,7 +16,7 @@ from toolchain.checkpoint import Checkpoint
 from toolchain.progress import Progress
 from toolchain.quantizers import budget
 from toolchain.quantizers.layout import Scheme
-from toolchain.quantizers.place import Place, open_device, resident
+from toolchain.quantizers.place import Place, open_device, resident, usable_cores
 
 if TYPE_CHECKING:
     import torch
@@ -102,7 +102,6 @@ def _work(
 ) -> budget.Work:
     """What the run's memory depends on."""
     from toolchain.quantizers.calibration import compute_dtype
-    from toolchain.quantizers.rows import usable_cores
     from toolchain.quantizers.source import DTYPES
 
     config = checkpoint.config
