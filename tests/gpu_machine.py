@@ -1,6 +1,6 @@
-"""Programs that a GPU machine has and this one lacks: nvidia-smi and trtllm-build, to be put on PATH. For tests only.
+"""A machine with a GPU and a ``trtllm-build`` whose engines can be packaged. For tests only.
 
-They show what scalellm asks of them. The builder leaves what the real one leaves (``config.json`` with ``version``,
+The builder leaves what the real one leaves (``config.json`` with ``version``,
 ``pretrained_config`` and ``build_config``; a file for each rank), of which only the numbers mean something.
 """
 
@@ -9,10 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-_NVIDIA_SMI = """\
-#!/bin/sh
-echo "{name}, {capability}"
-"""
+from tests.hosts.fakes import Programs
 
 _BUILDER = """\
 #!{python}
@@ -46,14 +43,13 @@ document = {{
 """
 
 
-def gpu_machine(folder: Path, *, name: str, capability: str, version: str) -> Path:
-    """A folder for PATH with the two programs -> the file in which each run of the builder is a line of JSON."""
-    folder.mkdir(parents=True, exist_ok=True)
-    record = folder / "trtllm-build.jsonl"
-    for program, text in {
-        "nvidia-smi": _NVIDIA_SMI.format(name=name, capability=capability),
-        "trtllm-build": _BUILDER.format(python=sys.executable, record=str(record), version=version),
-    }.items():
-        (folder / program).write_text(text)
-        (folder / program).chmod(0o755)
-    return record
+def gpu_machine(folder: Path, gpu: str, version: str) -> Programs:
+    """The fake programs of a machine with the GPU line ``gpu`` (see ``fakes``), with that builder among them.
+
+    ``trtllm-build.jsonl`` in ``folder`` gets a line of JSON for each of its runs.
+    """
+    programs = Programs(folder, "nvidia-smi", "trtllm-build", version=version, gpus=(gpu,))
+    record = str(folder / "trtllm-build.jsonl")
+    text = _BUILDER.format(python=sys.executable, record=record, version=version)
+    (folder / "trtllm-build").write_text(text)
+    return programs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -11,6 +10,7 @@ from subprocess import CompletedProcess
 import pytest
 
 from tests.gpu_machine import gpu_machine
+from tests.hosts.fakes import L4
 
 RECIPE = """\
 name: many
@@ -66,16 +66,17 @@ def test_an_engine_is_built_where_the_gpu_fits_and_the_others_say_what_they_lack
     built: tuple[Path, Run], tmp_path: Path
 ) -> None:
     work, run = built
-    record = gpu_machine(tmp_path / "bin", name="NVIDIA L4", capability="8.9", version="1.2.1")
-    done = run("build", "--device", "t4,l4", "--json", PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    machine = gpu_machine(tmp_path / "bin", L4, "1.2.1")
+    done = run("build", "--device", "t4,l4", "--json", **machine.environment)
     assert done.returncode != 0
     assert "not made for t4" in done.stderr
     told = json.loads(done.stdout)
     assert "SM 75" in told["t4"]["error"]
     assert "NVIDIA L4 (SM 89)" in told["t4"]["error"]
+    assert told["l4"]["artifacts"]["repository"]["action"] == "made"
     engine = work / "l4" / "engine"
     assert {"config.json", "rank0.engine", "tokenizer.json", "engine.json"} <= {file.name for file in engine.iterdir()}
-    (one,) = [json.loads(line) for line in record.read_text().splitlines()]
+    (one,) = [json.loads(line) for line in (machine.folder / "trtllm-build.jsonl").read_text().splitlines()]
     assert one["argv"][:2] == ["--checkpoint_dir", str(work / "l4" / "trtllm-checkpoint")]
     passport = json.loads((engine / "engine.json").read_text())
     assert (passport["device"], passport["sm"], passport["release"]) == ("l4", 89, "1.2.1")

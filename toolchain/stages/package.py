@@ -73,7 +73,7 @@ def inputs(plan: Plan, engine_key: str) -> dict[str, Any]:
     files = [*_files(templates / "common"), *_files(templates / plan.backend)]
     digests = {path.relative_to(templates).as_posix(): workspace.sha256_of(path) for path in files}
     if plan.backend == RENDERED:
-        digests["triton_models"] = workspace.key_of(workspace.facts("triton_models"))
+        digests["triton_models"] = workspace.key_of({"facts": str(workspace.facts("triton_models"))})
     return {
         **plan.slice("package"),
         "package_version": VERSION,
