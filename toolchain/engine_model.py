@@ -25,7 +25,8 @@ _RUNTIME = (
     "sink_token_length",
 )
 """Keys of the passport's ``runtime`` that are parameters of the model."""
-_LOGITS = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
+_LOGITS = {"float32": "FP32", "float16": "FP16"}
+"""The backend throws for others (``fillTritonResponse`` in src/model_instance_state.cc @v0.19.0)."""
 
 
 @dataclass(frozen=True)

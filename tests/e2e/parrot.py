@@ -54,6 +54,13 @@ def write_parrot(folder: Path, *, positions: int = 8192) -> Path:
     return folder
 
 
+def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The parrot's tokenizer alone, saved and given back."""
+    tokenizer = _tokenizer()
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
 def _tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
