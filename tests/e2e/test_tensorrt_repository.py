@@ -135,6 +135,14 @@ def test_streams_are_the_same_text_in_pieces(release: Release, door: str) -> Non
     assert release.values("streaming") == [True]
 
 
+@pytest.mark.parametrize("door", DOORS)
+def test_the_engines_error_reaches_the_client(release: Release, door: str) -> None:
+    """As the C++ backend sends one: an error that is also the final response."""
+    with pytest.raises(ServerError, match="request_output_len must be positive"):
+        release.served.generate(door, text_input=PROMPT, max_tokens=0)
+    assert release.served.text(door, text_input=PROMPT, max_tokens=50) == BEFORE
+
+
 def test_a_stream_with_stop_words_ends_before_the_word(release: Release) -> None:
     pieces = release.served.pieces("tensorrt_llm_bls", text_input=PROMPT, max_tokens=50, stop_words=["the river"])
     assert "".join(pieces) == " Paris, and "

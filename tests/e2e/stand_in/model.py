@@ -41,6 +41,9 @@ class TritonPythonModel:
                 error = pb_utils.TritonError("contract: " + "; ".join(wrong), pb_utils.TritonError.INVALID_ARG)
                 sender.send(pb_utils.InferenceResponse(error=error))
                 sender.send(flags=_FINAL)
+            elif tensors["request_output_len"].reshape(-1)[0] < 1:
+                error = pb_utils.TritonError("request_output_len must be positive", pb_utils.TritonError.INTERNAL)
+                sender.send(pb_utils.InferenceResponse(error=error), flags=_FINAL)
             elif np.any(tensors.get("stop", False)):
                 sender.send(pb_utils.InferenceResponse([]), flags=_FINAL)
             else:
