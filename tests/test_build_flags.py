@@ -23,6 +23,7 @@ from toolchain.plan import Plan, make_plan
 from toolchain.quantization import KV, WEIGHTS
 from toolchain.recipe import available, load_recipe, parse_recipe
 from toolchain.release import releases, usable
+from toolchain.variant import settle
 
 RELEASES = tuple(releases())
 CHECKPOINT, ENGINE = Path("w/trt"), Path("w/engine")
@@ -132,7 +133,7 @@ def test_shipped_recipe_becomes_exactly_this_command(recipe: str, release: str) 
 def gpu_recipes() -> Iterator[tuple[str, str]]:
     folder = workspace.shipped("recipes")
     for name in available([folder]):
-        recipe = load_recipe(name, search=[folder])
+        recipe, _ = settle(load_recipe(name, search=[folder]))
         device = devices()[recipe.device]
         if device.sm is not None:
             needs = WEIGHTS[recipe.quantization.weights].needs | KV[recipe.kv_cache.dtype].needs
