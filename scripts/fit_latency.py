@@ -1,4 +1,4 @@
-"""Fits the factors of toolchain/facts/latency.yaml to published measurements, and prints how well they predict the rest.
+"""Fits the factors of toolchain/facts/latency.yaml to published measurements; prints how well they predict the rest.
 
     python scripts/fit_latency.py            # the error table of the factors as they are
     python scripts/fit_latency.py --rows     # every row of it
@@ -42,7 +42,7 @@ FIT, VALIDATION = "published_latency_fit", "published_latency_validation"
 ENGINE = "TensorRT-LLM"
 
 IN_FLIGHT_BATCH = 2048
-"""Sequences in flight at most: ``trtllm-build --max_batch_size``, default since 0.11 (tensorrt_llm/commands/build.py)."""
+"""Sequences in flight at most: default of ``trtllm-build --max_batch_size`` since 0.11 (commands/build.py)."""
 
 IN_FLIGHT_TOKENS = 8192
 """Tokens in one step: ``--max_num_tokens``, the default since 0.11."""
@@ -53,8 +53,8 @@ KV_FRACTION = 0.95
 FITTED_COMPUTE = (("Ampere", "fp16"), ("Ada", "fp8"), ("Hopper", "fp8"), ("Turing", "fp16"))
 ARCHITECTURES = ("Ampere", "Ada", "Hopper", "Turing")
 MEMORY_MOST = 0.93
-"""A share of the memory bandwidth that no kernel exceeds: refresh and turnaround of DRAM take the rest. Our bound, near what
-copying reaches on A100 and H100; without it the fit would hide other terms' errors in shares of 0.96 to 1."""
+"""A share of the memory bandwidth that no kernel exceeds: refresh and turnaround of DRAM take the rest. Our bound, near
+what copying reaches; without it the fit hides errors of other terms in shares of 0.96 to 1."""
 
 AT_BOUND = 1e-3
 """A fitted value that moves no prediction by this much has reached its bound."""
@@ -279,8 +279,8 @@ def main() -> None:
             for row in part:
                 table, predicted = row.table, row.predict(using)
                 print(
-                    f"{table['release']:8} {table['gpu']:10} {_model(row):15} {table['weights']:5} tp{row.deployment.tp} "
-                    f"{row.metric:22} {' '.join(f'{value:g}' for value in row.values):22} "
+                    f"{table['release']:8} {table['gpu']:10} {_model(row):15} {table['weights']:5} "
+                    f"tp{row.deployment.tp} {row.metric:22} {' '.join(f'{value:g}' for value in row.values):22} "
                     f"{row.measured:9.1f} {predicted:9.1f} {predicted / row.measured - 1:+7.1%}"
                 )
 

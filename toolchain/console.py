@@ -29,6 +29,7 @@ from rich.text import Text
 
 from toolchain.build_peaks import Peak
 from toolchain.errors import RecipeError, ScalellmError
+from toolchain.forecast import Estimate, Forecast
 from toolchain.plan import Plan
 from toolchain.progress import Task
 from toolchain.units import format_bytes, format_count, format_seconds
@@ -102,10 +103,31 @@ class Screen:
         self.say()
         made = [(peak.stage, peak.resource, format_bytes(peak.bytes), f"{peak.how} ({peak.source})") for peak in peaks]
         self.table("what making it takes", ("stage", "of", "size", "how"), made)
+        self._speed(plan.latency)
         for price in plan.prices:
             self.say(f"price: ${price.usd_per_hour}/h {price.vendor} {price.kind} ({price.date}, {price.source})")
         for warning in plan.warnings:
             self.say(f"note: {warning}")
+
+    def _speed(self, speed: Forecast | None) -> None:
+        """What a plan says of latency and throughput, with floors, errors and what was assumed."""
+        if speed is None:
+            self.say("Speed: no estimate for a CPU, of which no published factors hold elsewhere; measure it.")
+            return
+        rows = [(f"TTFT, {one.tokens} tokens", format_seconds(one.seconds), _floor(one)) for one in speed.ttft]
+        rows += [(f"ITL, batch {one.batch}", _milliseconds(one.seconds), _floor(one)) for one in speed.itl]
+        load = f"{speed.sequences} in flight, {speed.prompt} in, {speed.output} out"
+        self.say()
+        self.table(
+            f"speed of one service ({speed.kind})",
+            ("what", "estimate", "floor: the data sheet's peaks"),
+            [*rows, ("tokens/s", f"{speed.tokens_per_s:.0f}", f"at most {speed.ceiling_tokens_per_s:.0f}; {load}")],
+        )
+        band = speed.ttft_band
+        typical = "" if band.typical is None else f", mostly by {band.typical:.0%}"
+        self.say(f"Estimates may be off by a factor of {1 + band.worst:.2f}{typical}: {band.why}.")
+        for assumption in speed.assumptions:
+            self.say(f"assumed: {assumption}")
 
     def inspection(self, found: Any) -> None:
         """What a folder is (``stages.inspect.Inspection``), and what to type."""
@@ -154,6 +176,15 @@ class Screen:
                 self.err.print(Text(f"  {problem}"))
         for index, line in enumerate(error.hint.splitlines()):
             self.err.print(Text.assemble(("  try: " if index == 0 else "       ", "bold green"), line))
+
+
+def _milliseconds(seconds: float) -> str:
+    """0.00586 -> ``"5.9 ms"``: steps of one token are too short for ``format_seconds``."""
+    return f"{seconds * 1000:.1f} ms"
+
+
+def _floor(one: Estimate) -> str:
+    return f"{_milliseconds(one.floor_s)}, context {one.tokens}" if one.batch > 1 else _milliseconds(one.floor_s)
 
 
 class _Bar:

@@ -1,8 +1,8 @@
 """How long a GPU takes: prefill and decode from FLOPs, bytes, launches and links, with the arithmetic floor. Pure.
 
 A roofline whose few factors (shares of the peaks that kernels reach, launch time per layer) were fitted to published
-measurements: ``facts/latency.yaml``, made by ``scripts/fit_latency.py``. It knows shapes, number formats and devices. It
-does not know recipes, prices or servers: time in queues, tokenizers and networks is not in it, and nothing is measured.
+measurements: ``facts/latency.yaml``, made by ``scripts/fit_latency.py``. It knows shapes, number formats and devices.
+It does not know recipes, prices or servers: time in queues, tokenizers and networks is not in it, nor is any measured.
 
 The terms are added up, not overlapped: a step computes, reads and launches one after the other. The floor overlaps
 everything perfectly at the peaks of the data sheet, so nothing that computes in the same format can be below it.
@@ -26,7 +26,7 @@ GB = 1e9
 TERA = 1e12
 
 ALL_REDUCES_PER_LAYER = 2
-"""Tensor parallelism sums partial results after o_proj and after down_proj (Shoeybi et al., Megatron-LM, 1909.08053)."""
+"""Tensor parallelism sums partial results after o_proj and after down_proj (Megatron-LM, arXiv 1909.08053)."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def read_factors(raw: Mapping[str, Any]) -> Factors:
 
 
 def interconnect(name: str) -> Interconnect:
-    """What connects several GPUs of a device (its name in ``devices.yaml``): ``facts/latency.yaml``, ``interconnects``."""
+    """What connects several GPUs of a device, by its name: ``interconnects`` of ``facts/latency.yaml``."""
     row = workspace.facts("latency")["interconnects"][name]
     return Interconnect(row["kind"], float(row["gb_s"]))
 
@@ -178,7 +178,7 @@ def activation_traffic(made: Deployment, tokens: int) -> float:
 
 
 def prefill(made: Deployment, tokens: int, batch: int = 1, using: Factors | None = None) -> Terms:
-    """The step that reads ``batch`` prompts of ``tokens`` each and gives their first tokens: TTFT without queue or server.
+    """The step that reads ``batch`` prompts of ``tokens`` each and gives their first tokens: TTFT without a server.
 
     With pp its stages run one after the other, so that pp makes no first token faster.
     """
@@ -247,9 +247,14 @@ def _link_s(made: Deployment, tokens: int, known: Factors) -> float:
 
 
 def prefill_floor_s(made: Deployment, tokens: int, batch: int = 1) -> float:
-    """The least that arithmetic allows for ``prefill``: the longer of computing and reading, each at its peak, no links."""
-    ideal = _ideal(made)
-    return max(_prefill_compute_s(made, tokens, batch, ideal), read_bytes(made) / _bandwidth(made, ideal))
+    """The least that arithmetic allows for ``prefill``: the longer of computing and reading, at their peaks, no links.
+
+    Attention counts in the linears' format: newer fused kernels compute it in FP8 too.
+    """
+    name, ideal = compute_format(made.weights), _ideal(made)
+    flops = linear_flops(made.config, tokens * batch) + attention_flops(made.config, tokens) * batch
+    compute_s = flops / _rate(made, name, ideal) / made.tp
+    return max(compute_s, read_bytes(made) / _bandwidth(made, ideal))
 
 
 def decode_floor_s(made: Deployment, batch: int, context: int) -> float:
@@ -266,9 +271,7 @@ def _ideal(made: Deployment) -> Factors:
     return Factors(shares, {arch: 1.0}, 0.0, 0.0, 1.0, {"nvlink": free, "pcie": free})
 
 
-def static_tokens_per_s(
-    made: Deployment, batch: int, tokens: int, output: int, using: Factors | None = None
-) -> float:
+def static_tokens_per_s(made: Deployment, batch: int, tokens: int, output: int, using: Factors | None = None) -> float:
     """Output tokens per second and GPU of one batch of equal requests, from its start to its end."""
     each = decode(made, batch, tokens + output // 2, using).total_s
     spent = prefill(made, tokens, batch, using).total_s + (output - 1) * each
@@ -280,8 +283,8 @@ def in_flight_tokens_per_s(
 ) -> float:
     """Output tokens per second of all GPUs, with ``sequences`` requests always in flight, each at its own place.
 
-    A request costs its prompt's computing, which joins steps that run anyway, and its share of ``output`` steps. With pp
-    the sequences are in ``pp`` groups, one in each stage.
+    A request costs its prompt's computing, which joins steps that run anyway, and its share of ``output`` steps. With
+    pp the sequences are in ``pp`` groups, one in each stage.
     """
     known = using or factors()
     per_stage = max(1, sequences // made.pp)
@@ -291,3 +294,12 @@ def in_flight_tokens_per_s(
     if made.tp > 1:
         prompt_s += _link_s(made, tokens, known) - _link_s(made, 0, known)
     return output / (prompt_s / made.pp + output * step_s / max(sequences, per_stage))
+
+
+def in_flight_ceiling(made: Deployment, sequences: int, tokens: int, output: int) -> float:
+    """The most that arithmetic allows for ``in_flight_tokens_per_s``: each term at its floor."""
+    per_stage = max(1, sequences // made.pp)
+    flops = linear_flops(made.config, tokens) + attention_flops(made.config, tokens)
+    prompt_s = flops / _rate(made, compute_format(made.weights), _ideal(made)) / made.tp / made.pp
+    step_s = decode_floor_s(made, per_stage, tokens + output // 2)
+    return output / (prompt_s + output * step_s / max(sequences, per_stage))

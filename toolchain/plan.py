@@ -16,7 +16,9 @@ from toolchain.decisions import Decision, Notes
 from toolchain.device import Device, Price, device, prices
 from toolchain.engine import Limits
 from toolchain.family import LlamaConfig
+from toolchain.forecast import Forecast, forecast
 from toolchain.kv_window import KvWindow, choose_window
+from toolchain.latency import Deployment, interconnect
 from toolchain.memory import MemoryPlan, memory_plan, smaller_limits
 from toolchain.quantization import KV, WEIGHTS, KvScheme, WeightScheme
 from toolchain.recipe import Recipe
@@ -56,6 +58,8 @@ class Plan:
     calibrates: bool
     """Whether making the checkpoint takes text: for a method, or for static scales of a TensorRT-LLM engine."""
     memory: MemoryPlan
+    latency: Forecast | None
+    """What it will probably take; None on a CPU, of which nobody published factors that hold elsewhere."""
     prices: tuple[Price, ...]
     decisions: tuple[Decision, ...]
     warnings: tuple[str, ...]
@@ -143,6 +147,7 @@ class Plan:
             "services": self.services,
             "container": self.release.container if self.release else None,
             "memory": asdict(self.memory),
+            "latency": asdict(self.latency) if self.latency else None,
             "prices": [asdict(price) for price in self.prices],
             "decisions": [asdict(decision) for decision in self.decisions],
             "warnings": list(self.warnings),
@@ -205,6 +210,7 @@ def make_plan(
         speculation=speculation,
         calibrates=calibrates,
         memory=memory,
+        latency=_latency(recipe, config, weights, kv, limits, target, memory, fused=fused),
         prices=prices(target.name),
         decisions=tuple(notes.decisions),
         warnings=tuple(notes.warnings),
@@ -280,6 +286,34 @@ def _memory(
         reason = f"kv_cache.{key} holds {found.max_kv_tokens} tokens, not one sequence of {needed}"
         notes.refuse(reason, f"Use kv_cache max_tokens: {needed} or more, or a shorter max_seq_len")
     return found
+
+
+def _latency(
+    recipe: Recipe,
+    config: LlamaConfig,
+    weights: WeightScheme,
+    kv: KvScheme,
+    limits: Limits,
+    target: Device,
+    memory: MemoryPlan,
+    *,
+    fused: bool,
+) -> Forecast | None:
+    """The speed of one service of the plan; None on a CPU."""
+    if target.is_cpu:
+        return None
+    made = Deployment(
+        config,
+        weights,
+        kv,
+        target,
+        tp=recipe.parallel.tp,
+        pp=recipe.parallel.pp,
+        group_size=recipe.quantization.group_size,
+        fused_attention=fused,
+        interconnect=interconnect(target.name),
+    )
+    return forecast(made, limits, memory.max_kv_tokens)
 
 
 def _helps(scheme: WeightScheme | KvScheme, target: Device) -> bool:
