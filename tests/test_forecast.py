@@ -77,9 +77,12 @@ def test_what_published_tables_cover_has_their_errors_and_the_rest_has_an_assume
     covered = band(on("h100", "fp8", "fp8"), "ttft_ms")
     assert covered.typical is not None
     assert covered.typical < covered.worst
-    for made in (on("rtx4090", "fp8", "fp8"), on("a100", "int4"), on("h100"), on("t4", "int4")):
+    assert band(on("h100"), "ttft_ms") == covered
+    for made in (on("rtx4090", "fp8", "fp8"), on("a100", "int4"), on("l40s"), on("t4", "int4")):
         assert band(made, "ttft_ms").typical is None
         assert band(made, "ttft_ms").worst > covered.worst
+    assert band(on("a100", "int4"), "itl_ms").typical is not None
+    assert band(on("rtx4090", "int4"), "itl_ms").typical is None
 
 
 def test_assumptions_name_what_no_measurement_stands_behind() -> None:

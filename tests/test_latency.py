@@ -229,6 +229,21 @@ def test_the_errors_that_a_plan_states_are_those_of_the_held_out_tables(script: 
         assert stated["worst"] == pytest.approx(worst, abs=5e-4)
 
 
+def test_what_confirms_an_assumed_factor_is_among_the_held_out_values(script: Any, held_out: Any) -> None:
+    rows = [row for row in held_out if row.table["release"] == "0.14.0"]
+    assert {(row.deployment.device.arch, row.deployment.weights.name) for row in rows} == {("Hopper", "none")}
+    count, _, worst = errors(script, rows, "ttft_ms", "itl_ms")
+    assert (count, worst <= 0.10) == (8, True)
+    assert ("Hopper", "fp16") not in factors().assumed
+    assert ("Hopper", "int8") in factors().assumed
+
+
+def test_other_engines_on_consumer_cards_are_within_the_error_that_is_assumed_there(script: Any) -> None:
+    rows = [row for row in script.rows(script.VALIDATION) if row.table["gpu"] in ("rtx4090", "rtx3090")]
+    assert len(rows) > 20
+    assert errors(script, rows, "ttft_ms", "itl_ms")[2] <= workspace.facts("latency")["unmeasured"]["worst"]
+
+
 def test_the_factors_are_what_fitting_gives(script: Any) -> None:
     found, spread = script.fit(script.rows(script.FIT))
     for (name, value), stated in zip(script.values(found).items(), script.values(factors()).values(), strict=True):

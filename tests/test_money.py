@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import pytest
 
 from toolchain import workspace
@@ -18,6 +21,8 @@ from toolchain.money import (
     score,
     tokens_per_usd,
 )
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 def row(name: str) -> Row:
@@ -116,9 +121,9 @@ def test_a_price_set_means_the_latencies_of_the_scores_and_says_which_claims_bre
 
 
 def test_no_price_set_leaves_room_for_a_prompt_of_4k() -> None:
-    for made in price_sets():
-        if made.holds:
-            assert 0 < made.longest_prompt < 2048
+    holding = [made for made in price_sets() if made.holds]
+    assert holding
+    assert all(0 < made.longest_prompt < 2048 for made in holding)
 
 
 def test_the_longest_prompt_is_bounded_by_the_floor_and_ours_is_shorter() -> None:
@@ -141,3 +146,9 @@ def test_other_prices_can_be_asked() -> None:
 
 def test_the_table_names_its_source() -> None:
     assert workspace.facts("score_table")["source"].startswith("https://")
+
+
+def test_the_page_of_the_scores_is_what_its_script_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    script = importlib.import_module("score_table")
+    assert script.PAGE.read_text(encoding="utf-8") == script.page(), "python scripts/score_table.py --write"

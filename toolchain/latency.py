@@ -56,7 +56,7 @@ class Factors:
     links: Mapping[str, Link]
     """``"nvlink"`` or ``"pcie"``."""
     assumed: frozenset[tuple[str, str]] = frozenset()
-    """Keys of ``compute`` that no measurement stands behind: taken from another architecture or format."""
+    """Keys of ``compute`` that no measurement stands behind: taken from another architecture or format, unconfirmed."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def read_factors(raw: Mapping[str, Any]) -> Factors:
         links=MappingProxyType(
             {kind: Link(row["share"], row["latency_us"] * 1e-6) for kind, row in raw["links"].items()}
         ),
-        assumed=frozenset(key for key, row in rows.items() if row.get("assumed")),
+        assumed=frozenset(key for key, row in rows.items() if row.get("assumed") and not row.get("confirmed")),
     )
 
 
