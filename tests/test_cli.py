@@ -52,6 +52,21 @@ def test_every_verb_has_help_with_an_example(scalellm, verb):
     assert f"scalellm {verb}" in done.stdout.split("Example")[1]
 
 
+def test_plan_prints_estimates_as_estimates_with_floors_and_errors(scalellm):
+    text = scalellm("plan", "--recipe", "l4").stdout
+    assert "our estimate, not a measurement" in text
+    assert "TTFT, 1024 tokens" in text
+    assert "floor: the data sheet's peaks" in text
+    assert "may be off by a factor of 1.55" in text
+    assert "no published TensorRT-LLM latencies of the L4 were fitted" in text
+
+
+def test_plan_for_a_cpu_says_that_it_has_no_estimate(scalellm):
+    text = scalellm("plan", "--recipe", "cpu").stdout
+    assert "Speed: no estimate for a CPU" in text
+    assert "TTFT" not in text
+
+
 def test_a_mistyped_verb_is_answered_with_the_nearest(scalellm):
     done = scalellm("biuld")
     assert done.returncode == 2

@@ -119,7 +119,7 @@ class Screen:
         load = f"{speed.sequences} in flight, {speed.prompt} in, {speed.output} out"
         self.say()
         self.table(
-            f"speed of one service ({speed.kind})",
+            f"speed of one service alone on its GPU ({speed.kind})",
             ("what", "estimate", "floor: the data sheet's peaks"),
             [*rows, ("tokens/s", f"{speed.tokens_per_s:.0f}", f"at most {speed.ceiling_tokens_per_s:.0f}; {load}")],
         )
