@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from toolchain.device import device
 from toolchain.engine import Limits
 from toolchain.family import published
-from toolchain.forecast import KIND, Band, Estimate, band, forecast, verdict
+from toolchain.forecast import DRAFTED, KIND, Band, Estimate, band, forecast, verdict
 from toolchain.latency import Deployment, interconnect
 from toolchain.plan import Plan, make_plan
 from toolchain.quantization import KV, WEIGHTS
@@ -54,6 +55,21 @@ def test_sequences_in_flight_are_what_the_cache_holds_at_full_length() -> None:
     assert made.latency.sequences == made.memory.sequences_at_full_length < 64
 
 
+def test_a_window_makes_long_contexts_cheaper_and_short_ones_not() -> None:
+    whole, window = (replace(on("h100", "fp8", "fp8"), window=window) for window in (None, 1024))
+    limits = Limits(8, 4096, 4096, 4096)
+    long, short = (forecast(made, limits, 8) for made in (whole, window))
+    assert short.ttft[-1].seconds < long.ttft[-1].seconds
+    assert short.itl[-1].seconds < long.itl[-1].seconds
+    assert (short.ttft[0], short.ttft[1]) == (long.ttft[0], long.ttft[1])
+
+
+def test_a_draft_model_is_said_not_to_be_in_the_estimates() -> None:
+    made, limits = on("h100", "fp8", "fp8"), Limits(8, 4096, 4096, 4096)
+    assert forecast(made, limits, 8, drafted=True).assumptions == (DRAFTED,)
+    assert forecast(made, limits, 8, drafted=True).itl == forecast(made, limits, 8).itl
+
+
 def test_a_plan_for_a_cpu_has_no_estimate() -> None:
     made = plan("device: cpu\nquantization: {weights: int4}")
     assert made.latency is None
@@ -87,7 +103,7 @@ def test_what_published_tables_cover_has_their_errors_and_the_rest_has_an_assume
 
 def test_assumptions_name_what_no_measurement_stands_behind() -> None:
     limits = Limits(4, 2048, 1024, 2048)
-    told = forecast(on("rtx4090", "int4"), limits, 8192).assumptions
+    told = forecast(on("rtx4090", "int4"), limits, 4).assumptions
     assert len(told) == 3
     assert any("RTX 4090" in one for one in told)
     assert any("fp16 peak on Ada is taken as its fp8" in one for one in told)
@@ -97,7 +113,7 @@ def test_assumptions_name_what_no_measurement_stands_behind() -> None:
 @pytest.mark.parametrize("weights", ["none", "int4", "int8"])
 def test_a_4k_prompt_within_a_second_is_unreachable_on_a_t4_whatever_its_weights(weights: str) -> None:
     made = on("t4", weights)
-    first = forecast(made, Limits(1, 4096, 4095, 4096), 4096).ttft[-1]
+    first = forecast(made, Limits(1, 4096, 4095, 4096), 1).ttft[-1]
     assert verdict(first, 1.0, band(made, "ttft_ms")) == "unreachable"
 
 

@@ -19,6 +19,7 @@ from toolchain.device import device, devices
 from toolchain.family import LlamaConfig, published
 from toolchain.latency import (
     Deployment,
+    attention_flops,
     compute_format,
     decode,
     decode_floor_s,
@@ -104,6 +105,14 @@ def test_unfused_attention_writes_scores_of_the_prompts_length_squared() -> None
     assert prefill(unfused, 512).total_s > prefill(fused, 512).total_s
     extra = [prefill(unfused, n).total_s - prefill(fused, n).total_s for n in (512, 1024)]
     assert extra[1] == pytest.approx(4 * extra[0])
+
+
+def test_attention_in_a_window_counts_the_pairs_that_it_sees() -> None:
+    tokens, window = 50, 8
+    pairs = sum(min(place, window) for place in range(tokens))
+    per_pair = 4 * LLAMA_13B.num_layers * LLAMA_13B.q_size
+    assert attention_flops(LLAMA_13B, tokens, window) / per_pair == pytest.approx(pairs, abs=window)
+    assert attention_flops(LLAMA_13B, tokens, 64) == attention_flops(LLAMA_13B, tokens) == per_pair * tokens**2 / 2
 
 
 def test_more_gpus_by_tensor_parallelism_help_over_nvlink_and_pipelines_do_not_help_a_first_token() -> None:

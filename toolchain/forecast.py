@@ -27,6 +27,7 @@ from toolchain.latency import (
 PROMPTS = (512, 1024, 2048, 4096)
 """Prompt lengths that every plan answers for, as far as max_input_len goes."""
 
+DRAFTED = "steps of one token each: what the draft model gains depends on how often it guesses right"
 KIND = "our estimate, not a measurement"
 
 
@@ -73,11 +74,14 @@ class Forecast:
     assumptions: tuple[str, ...]
 
 
-def forecast(made: Deployment, limits: Limits, max_kv_tokens: int) -> Forecast:
-    """The speed of a service whose cache holds ``max_kv_tokens``. Not for a CPU, of which we have no factors."""
+def forecast(made: Deployment, limits: Limits, fitting: int, *, drafted: bool = False) -> Forecast:
+    """The speed of a service whose cache holds ``fitting`` sequences of max_seq_len. Not for a CPU: we have no factors.
+
+    ``drafted``: whether a draft model speculates, which is not in the estimates.
+    """
     prompt = limits.max_input_len if limits.max_input_len < limits.max_seq_len else max(1, limits.max_seq_len // 2)
     output = max(1, limits.max_seq_len - prompt)
-    sequences = max(1, min(limits.max_batch_size, max_kv_tokens // limits.max_seq_len))
+    sequences = max(1, min(limits.max_batch_size, fitting))
     half = max(1, limits.max_seq_len // 2)
     return Forecast(
         kind=KIND,
@@ -91,7 +95,7 @@ def forecast(made: Deployment, limits: Limits, max_kv_tokens: int) -> Forecast:
         ttft_band=band(made, "ttft_ms"),
         itl_band=band(made, "itl_ms"),
         tokens_band=band(made, "in_flight_tokens_per_s"),
-        assumptions=tuple(assumptions(made)),
+        assumptions=(*assumptions(made), *([DRAFTED] if drafted else [])),
     )
 
 

@@ -81,6 +81,8 @@ class Deployment:
     group_size: int = 128
     fused_attention: bool = True
     """Whether attention of a prompt is one kernel; else scores of its length squared go through memory."""
+    window: int | None = None
+    """Tokens that attention sees at most; None: all of a sequence."""
     interconnect: Interconnect = field(default=Interconnect("pcie", 32.0))
 
 
@@ -144,9 +146,11 @@ def linear_flops(config: LlamaConfig, tokens: int) -> float:
     return 2.0 * _linear_parameters(config) * tokens
 
 
-def attention_flops(config: LlamaConfig, tokens: int) -> float:
-    """QK^T and PV of one prompt, the causal half: layers x 2 x tokens^2 x heads x head_dim."""
-    return 2.0 * config.num_layers * tokens**2 * config.q_size
+def attention_flops(config: LlamaConfig, tokens: int, window: int | None = None) -> float:
+    """QK^T and PV of one prompt, the causal half: layers x 2 x tokens^2 x heads x head_dim; less within a window."""
+    seen = min(tokens, window or tokens)
+    pairs = seen * tokens - seen**2 / 2
+    return 4.0 * config.num_layers * pairs * config.q_size
 
 
 def head_flops(config: LlamaConfig, rows: int) -> float:
@@ -196,7 +200,7 @@ def _prefill_compute_s(made: Deployment, tokens: int, batch: int, known: Factors
     name, config = compute_format(made.weights), made.config
     times = known.dequantization if unpacks(made.weights) else 1.0
     linears = linear_flops(config, tokens * batch) * times / _rate(made, name, known)
-    sixteen_bit = attention_flops(config, tokens) * batch + head_flops(config, batch)
+    sixteen_bit = attention_flops(config, tokens, made.window) * batch + head_flops(config, batch)
     return (linears + sixteen_bit / _rate(made, "fp16", known)) / made.tp
 
 
@@ -222,7 +226,8 @@ def decode(made: Deployment, batch: int, context: int, using: Factors | None = N
 
 def _cache_bytes(made: Deployment, batch: int, context: int) -> float:
     """Keys and values of all layers that one rank (with tp) reads in one step."""
-    return batch * context * kv_bytes_per_token(made.config, made.kv, tp=made.tp)
+    seen = min(context, made.window or context)
+    return batch * seen * kv_bytes_per_token(made.config, made.kv, tp=made.tp)
 
 
 def _rate(made: Deployment, name: str, known: Factors) -> float:
@@ -252,7 +257,7 @@ def prefill_floor_s(made: Deployment, tokens: int, batch: int = 1) -> float:
     Attention counts in the linears' format: newer fused kernels compute it in FP8 too.
     """
     name, ideal = compute_format(made.weights), _ideal(made)
-    flops = linear_flops(made.config, tokens * batch) + attention_flops(made.config, tokens) * batch
+    flops = linear_flops(made.config, tokens * batch) + attention_flops(made.config, tokens, made.window) * batch
     compute_s = flops / _rate(made, name, ideal) / made.tp
     return max(compute_s, read_bytes(made) / _bandwidth(made, ideal))
 
@@ -299,7 +304,7 @@ def in_flight_tokens_per_s(
 def in_flight_ceiling(made: Deployment, sequences: int, tokens: int, output: int) -> float:
     """The most that arithmetic allows for ``in_flight_tokens_per_s``: each term at its floor."""
     per_stage = max(1, sequences // made.pp)
-    flops = linear_flops(made.config, tokens) + attention_flops(made.config, tokens)
+    flops = linear_flops(made.config, tokens) + attention_flops(made.config, tokens, made.window)
     prompt_s = flops / _rate(made, compute_format(made.weights), _ideal(made)) / made.tp / made.pp
     step_s = decode_floor_s(made, per_stage, tokens + output // 2)
     return output / (prompt_s + output * step_s / max(sequences, per_stage))

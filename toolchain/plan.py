@@ -210,7 +210,7 @@ def make_plan(
         speculation=speculation,
         calibrates=calibrates,
         memory=memory,
-        latency=_latency(recipe, config, weights, kv, limits, target, memory, fused=fused),
+        latency=_latency(recipe, config, weights, kv, limits, target, memory, cache, fused=fused),
         prices=prices(target.name),
         decisions=tuple(notes.decisions),
         warnings=tuple(notes.warnings),
@@ -296,6 +296,7 @@ def _latency(
     limits: Limits,
     target: Device,
     memory: MemoryPlan,
+    cache: _Cache,
     *,
     fused: bool,
 ) -> Forecast | None:
@@ -311,9 +312,10 @@ def _latency(
         pp=recipe.parallel.pp,
         group_size=recipe.quantization.group_size,
         fused_attention=fused,
+        window=cache.window.tokens if cache.window else None,
         interconnect=interconnect(target.name),
     )
-    return forecast(made, limits, memory.max_kv_tokens)
+    return forecast(made, limits, memory.sequences_at_full_length, drafted=cache.speculation is not None)
 
 
 def _helps(scheme: WeightScheme | KvScheme, target: Device) -> bool:
