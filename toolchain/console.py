@@ -153,7 +153,8 @@ class Screen:
     def serving(self, info: Any) -> None:
         """Where the server can be reached, and a command to try (``stages.serve.ServingInfo``)."""
         self.emit(vars(info))
-        self.say(f"{info.server} is ready: first token after {format_seconds(info.start_s)} (pid {info.pid}).")
+        name = f"Service {info.service}: " if info.service else ""
+        self.say(f"{name}{info.server} is ready: first token after {format_seconds(info.start_s)} (pid {info.pid}).")
         for name, text in (
             ("HTTP", info.http_url),
             ("gRPC", info.grpc_url),

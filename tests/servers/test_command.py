@@ -72,6 +72,7 @@ def test_docker_command_is_exact() -> None:
         "--ulimit=memlock=-1",
         "--ulimit=stack=67108864",
         "--volume=/srv/repository:/models:ro",
+        "--workdir=/models",
         "--gpus=all",
         "img:24.10",
         "tritonserver",
@@ -79,6 +80,39 @@ def test_docker_command_is_exact() -> None:
         *FLAGS,
     )
     assert command.afterwards == ("/usr/bin/docker", "rm", "--force", "scalellm-1-ab")
+
+
+RANKS = Settings(Path("/srv/repository"), Ports(9000, 9001, 9002), exit_timeout_s=7, name="scalellm-1-ab", ranks=2)
+SECOND = tuple(
+    flag.replace("name=scalellm-1-ab", "name=scalellm-1-ab-rank1").replace("load-model=*", "load-model=tensorrt_llm")
+    for flag in FLAGS
+)
+
+
+def test_ranks_run_under_mpirun_and_all_but_the_first_load_the_engine_alone() -> None:
+    command = local_command(Path("/t/tritonserver"), RANKS, {"A": "1"})
+    assert command.argv == (
+        *("mpirun", "--allow-run-as-root"),
+        *("-n", "1", "/t/tritonserver", "--model-repository=/srv/repository", *FLAGS),
+        *(":", "-n", "1", "/t/tritonserver", "--model-repository=/srv/repository", *SECOND),
+    )
+    assert command.env["OMPI_MCA_odls_base_sigkill_timeout"] == "8", "mpirun leaves its ranks time to drain"
+    assert command.delete == ("/dev/shm/scalellm-1-ab*",), "of every rank"
+
+
+def test_ranks_in_a_container_get_a_gpu_each() -> None:
+    command = container_command("docker", "img", RANKS, {}, user=(1000, 100), gpus="device=2,3")
+    at = command.argv.index("img")
+    assert command.argv[at + 1 : at + 5] == ("mpirun", "--allow-run-as-root", "-n", "1")
+    assert '--gpus="device=2,3"' in command.argv, "docker reads the value as CSV"
+    assert "--env=OMPI_MCA_odls_base_sigkill_timeout=8" in command.argv
+    podman = container_command("podman", "img", RANKS, {}, user=(1000, 100), gpus="device=2,3").argv
+    assert {"--device=nvidia.com/gpu=2", "--device=nvidia.com/gpu=3"} <= set(podman)
+
+
+def test_a_server_starts_in_its_repository_so_that_paths_in_it_may_be_relative() -> None:
+    assert local_command(Path("/t/tritonserver"), SETTINGS, {}).cwd == Path("/srv/repository")
+    assert "--workdir=/models" in container_command("docker", "img", SETTINGS, {}, user=(0, 0), gpus=None).argv
 
 
 def test_podman_keeps_the_callers_uid_and_names_gpus_its_own_way() -> None:

@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine_folder import write_engine
 from tests.servers.generator_repository import write_repository
 from toolchain.errors import ArtifactError, ToolError
 from toolchain.servers.triton import bundled
 from toolchain.servers.triton.command import Settings
-from toolchain.servers.triton.locate import backends_of, find_server
+from toolchain.servers.triton.locate import Preference, find_server
+from toolchain.servers.triton.needs import Needs, backends_of, needs_of
+from toolchain.stages.package import package
 
 
 def program(folder: Path, name: str, script: str) -> Path:
@@ -42,14 +45,81 @@ def test_auto_takes_the_bundled_server_for_python_models() -> None:
 def test_a_server_on_path_is_taken_where_the_bundled_one_lacks_the_backend(tmp_path: Path) -> None:
     executable = program(tmp_path, "tritonserver", "exit 0")
     environ = {"PATH": str(tmp_path), "TRITON_SERVER_VERSION": "2.54.0"}
-    server = find_server("auto", environ=environ, needs=["python", "tensorrtllm"])
+    server = find_server("auto", environ=environ, needs=Needs(frozenset({"python", "tensorrtllm"})))
     assert (server.kind, server.version) == ("path", "2.54.0")
     assert server.command(Settings(tmp_path)).argv[0] == str(executable)
 
 
+@pytest.fixture
+def engine_repository(tmp_path: Path) -> Path:
+    """Of a TensorRT-LLM 0.17.0 engine for two GPUs."""
+    package(write_engine(tmp_path / "engine", "0.17.0", tp=2), tmp_path / "repository", services=3)
+    return tmp_path / "repository"
+
+
+def test_a_repository_says_which_image_gpus_and_services_it_needs(engine_repository: Path) -> None:
+    needs = needs_of(engine_repository)
+    assert needs.backends == {"python", "tensorrtllm"}
+    assert needs.image == "nvcr.io/nvidia/tritonserver:25.02-trtllm-python-py3"
+    assert (needs.release, needs.tags, needs.gpus, needs.ranks, needs.services) == (
+        "0.17.0",
+        ("25.01", "25.02"),
+        2,
+        2,
+        3,
+    )
+
+
+def test_a_repository_that_others_wrote_needs_its_backends_only(tmp_path: Path) -> None:
+    needs = needs_of(write_repository(tmp_path / "theirs"))
+    assert needs == Needs(frozenset({"python"}))
+    assert (needs.ranks, needs.devices({})) == (1, None)
+
+
+def test_a_container_of_the_engines_own_release_is_taken(engine_repository: Path, tmp_path: Path) -> None:
+    program(tmp_path / "bin", "docker", "exit 0")
+    environ = {"PATH": str(tmp_path / "bin"), "CUDA_VISIBLE_DEVICES": "4,5,6"}
+    server = find_server("auto", environ=environ, needs=needs_of(engine_repository))
+    argv = server.command(Settings(engine_repository, ranks=2)).argv
+    assert "nvcr.io/nvidia/tritonserver:25.02-trtllm-python-py3" in argv
+    assert '--gpus="device=4,5"' in argv
+    assert argv.count("--model-repository=/models") == 2
+
+
+@pytest.mark.parametrize("prefer", ["path", "auto"])
+def test_a_tritonserver_of_another_release_is_refused_with_what_to_do(
+    engine_repository: Path, tmp_path: Path, prefer: Preference
+) -> None:
+    program(tmp_path / "bin", "tritonserver", "exit 0")
+    program(tmp_path / "bin", "mpirun", "exit 0")
+    environ = {"PATH": str(tmp_path / "bin"), "NVIDIA_TRITON_SERVER_VERSION": "25.05"}
+    with pytest.raises(ToolError) as caught:
+        find_server(prefer, environ=environ, needs=needs_of(engine_repository))
+    assert "this tritonserver is of the image 25.05 (0.19.0)" in caught.value.message
+    assert "built by TensorRT-LLM 0.17.0 (25.01 or 25.02)" in caught.value.message
+    assert "docker pull nvcr.io/nvidia/tritonserver:25.02-trtllm-python-py3" in caught.value.hint
+    assert "tensorrt_llm in the recipe parrot" in caught.value.hint
+    for tag in ("25.01", "25.02"):
+        same = {**environ, "NVIDIA_TRITON_SERVER_VERSION": tag}
+        assert find_server(prefer, environ=same, needs=needs_of(engine_repository)).kind == "path"
+
+
+def test_ranks_without_mpirun_are_refused(engine_repository: Path, tmp_path: Path) -> None:
+    program(tmp_path / "bin", "tritonserver", "exit 0")
+    with pytest.raises(ToolError, match="no mpirun on PATH, which starts the 2 ranks"):
+        find_server("path", environ={"PATH": str(tmp_path / "bin")}, needs=needs_of(engine_repository))
+
+
+def test_the_bundled_server_is_not_taken_for_tensorrt_llms_python_runtime() -> None:
+    needs = Needs(frozenset({"python"}), release="1.2.1", image="example/triton:1", gpus=2)
+    assert needs.ranks == 1, "it starts its ranks itself"
+    with pytest.raises(ToolError, match=r"the bundled server has no TensorRT-LLM 1\.2\.1"):
+        find_server("bundled", environ=os.environ, needs=needs)
+
+
 def test_nothing_found_says_what_was_tried_and_what_to_do() -> None:
     with pytest.raises(ToolError) as caught:
-        find_server("auto", environ={"PATH": ""}, needs=["tensorrtllm"])
+        find_server("auto", environ={"PATH": ""}, needs=Needs(frozenset({"tensorrtllm"})))
     for reason in ("lacks the backend tensorrtllm", "no tritonserver on PATH", "no docker or podman on PATH"):
         assert reason in caught.value.message
     assert "container" in caught.value.hint or "image" in caught.value.hint
@@ -66,7 +136,7 @@ def test_a_container_engine_that_does_not_answer_is_no_server(tmp_path: Path) ->
 
 def test_an_image_that_is_not_here_is_refused_with_the_pull_command(tmp_path: Path) -> None:
     program(tmp_path, "docker", '[ "$1" = info ]')
-    server = find_server("container", environ={"PATH": f"{tmp_path}:/bin"}, image="example/triton:1")
+    server = find_server("container", environ={"PATH": f"{tmp_path}:/bin"}, needs=Needs(image="example/triton:1"))
     assert (server.kind, server.version) == ("container", "1")
     with pytest.raises(ToolError, match="example/triton:1 is not on this machine") as caught:
         server.command(Settings(tmp_path))
@@ -75,15 +145,17 @@ def test_an_image_that_is_not_here_is_refused_with_the_pull_command(tmp_path: Pa
 
 def test_a_container_runs_as_the_caller(tmp_path: Path) -> None:
     program(tmp_path, "docker", "exit 0")
-    server = find_server("container", environ={"PATH": str(tmp_path)}, image="example/triton:1", gpus="all")
+    needs = Needs(image="example/triton:1", gpus=1)
+    server = find_server("container", environ={"PATH": str(tmp_path)}, needs=needs)
     argv = server.command(Settings(tmp_path)).argv
-    assert {f"--user={os.getuid()}:{os.getgid()}", "--gpus=all", f"--volume={tmp_path}:/models:ro"} <= set(argv)
+    assert {f"--user={os.getuid()}:{os.getgid()}", "--gpus=device=0", f"--volume={tmp_path}:/models:ro"} <= set(argv)
 
 
 @pytest.mark.skipif(shutil.which("docker") is None, reason="no docker client")
 def test_the_docker_client_knows_every_flag(tmp_path: Path) -> None:
     program(tmp_path, "docker", "exit 0")
-    server = find_server("container", environ={"PATH": str(tmp_path)}, image="example.invalid/none:1", gpus="all")
+    needs = Needs(image="example.invalid/none:1", gpus=2)
+    server = find_server("container", environ={"PATH": str(tmp_path)}, needs=needs)
     argv = ["docker", *server.command(Settings(tmp_path)).argv[1:]]
     nowhere = {**os.environ, "DOCKER_HOST": f"unix://{tmp_path}/none.sock"}
     refused = subprocess.run(argv, env=nowhere, capture_output=True, text=True, timeout=60, check=False)

@@ -1,4 +1,4 @@
-"""serve: a model repository -> a running Triton, in the foreground until a signal, or in the background of a block.
+"""serve: a model repository -> a running Triton, or several, until a signal, or in the background of a block.
 
 It prints nothing: ``on_ready`` gets the addresses.
 """
@@ -8,20 +8,25 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TypedDict, Unpack
 
-from toolchain.errors import ScalellmError
+from toolchain.errors import EndpointError, ScalellmError
 from toolchain.progress import Progress
 from toolchain.servers.triton.command import Ports
 from toolchain.servers.triton.health import Policy
-from toolchain.servers.triton.locate import Preference, Server, backends_of, find_server
+from toolchain.servers.triton.locate import Preference, Server, find_server
+from toolchain.servers.triton.needs import Needs, needs_of
 from toolchain.servers.triton.supervisor import ServingInfo, Supervisor
 
-__all__ = ["Options", "Policy", "Ports", "ServingInfo", "background", "serve"]
+__all__ = ["Options", "Policy", "Ports", "ServingInfo", "background", "ports_of", "serve"]
+
+PORTS_APART = 10
+"""Between the ports of one service and the next; Triton's own defaults are 8000 to 8002."""
+_LAST_PORT = 65535
 
 
 class Options(TypedDict, total=False):
@@ -46,22 +51,62 @@ def serve(
 ) -> int:
     """Serves until SIGINT or SIGTERM, then drains; a second signal ends the drain. Gives the exit code.
 
+    A repository for several services gets as many servers, one after the other, each with its own ports
+    (``ports_of``) and watched by itself: a crash takes one of them, and the others go on. ``on_ready`` is called for
+    each. The code is 1 when one of several was given up on the way.
+
     Must be called in the main thread, because it takes over the two signals for as long as it runs. The log is by
-    default ``triton.log`` beside the repository. A server that does not start or cannot be kept running is an
-    ``EndpointError``.
+    default ``triton.log`` beside the repository, of several services ``triton-1.log`` and so on. A server that does not
+    start or cannot be kept running, or the last of several, is an ``EndpointError``.
     """
-    supervisor = _supervisor(repository, server, ports, log, progress, options)
-    with _signals(supervisor) as asked:
+    needs = needs_of(repository)
+    places = ports_of(ports, needs.services)
+    found = find_server(server, environ=os.environ, needs=needs) if isinstance(server, str) else server
+    supervisors = []
+    for number, place in enumerate(places, 1):
+        service = f"{number} of {needs.services}" if needs.services > 1 else ""
+        file = _log_of(repository, log, number if service else 0)
+        supervisors.append(_supervisor(found, repository, needs, place, file, progress, options, service))
+    with _signals(supervisors) as asked:
+        watchers = [_Watcher(supervisor, progress) for supervisor in supervisors]
         try:
-            on_ready(supervisor.start())
-            supervisor.watch()
-            supervisor.stop()
+            for watcher in watchers:
+                on_ready(watcher.supervisor.start())
+                watcher.start()
+            _attend(watchers)
+            _in_parallel(supervisor.stop for supervisor in supervisors)
         except ScalellmError:
             if not asked.is_set():
                 raise
         finally:
-            supervisor.kill()
-    return 0
+            _in_parallel(supervisor.kill for supervisor in supervisors)
+    return 1 if any(watcher.failure for watcher in watchers) else 0
+
+
+def ports_of(ports: Ports, services: int) -> list[Ports]:
+    """The ports of each service: the first has ``ports``, each next one all three 10 higher (8000, 8010, 8020 ...).
+
+    Raises EndpointError where a port would be needed twice or is none.
+    """
+    places = [
+        Ports(**{name: port + PORTS_APART * number for name, port in ports.named().items()})
+        for number in range(services)
+    ]
+    taken: dict[int, str] = {}
+    for number, place in enumerate(places, 1):
+        for name, port in place.named().items():
+            use = f"{name} of service {number}"
+            if port > _LAST_PORT:
+                raise EndpointError(
+                    f"{use} would be port {port}, and {_LAST_PORT} is the last", hint="take lower ports"
+                )
+            if port in taken:
+                raise EndpointError(
+                    f"port {port} is needed twice, for {taken[port]} and {use}",
+                    hint=f"leave a gap: each service's ports are {PORTS_APART} higher than those of the one before",
+                )
+            taken[port] = use
+    return places
 
 
 @contextmanager
@@ -74,8 +119,13 @@ def background(
     log: Path | None = None,
     **options: Unpack[Options],
 ) -> Iterator[ServingInfo]:
-    """Serves, supervised by a thread, for the length of a ``with`` block; drains at its end, kills after an error."""
-    supervisor = _supervisor(repository, server, ports, log, progress, options)
+    """Serves, supervised by a thread, for the length of a ``with`` block; drains at its end, kills after an error.
+
+    One service, also of a repository for several.
+    """
+    needs = needs_of(repository)
+    found = find_server(server, environ=os.environ, needs=needs) if isinstance(server, str) else server
+    supervisor = _supervisor(found, repository, needs, ports, _log_of(repository, log), progress, options)
     watcher = threading.Thread(target=_watch_quietly, args=(supervisor, progress), name="triton-supervisor")
     try:
         info = supervisor.start()
@@ -92,13 +142,60 @@ def background(
 
 
 def _supervisor(
-    repository: Path, server: Server | Preference, ports: Ports, log: Path | None, progress: Progress, options: Options
+    server: Server,
+    repository: Path,
+    needs: Needs,
+    ports: Ports,
+    log: Path,
+    progress: Progress,
+    options: Options,
+    service: str = "",
 ) -> Supervisor:
-    needs = backends_of(repository)
-    if isinstance(server, str):
-        server = find_server(server, environ=os.environ, needs=needs)
-    log = log or repository.resolve().parent / "triton.log"
-    return Supervisor(server, repository, ports, log=log, progress=progress, **options)
+    return Supervisor(
+        server, repository, ports, log=log, progress=progress, ranks=needs.ranks, service=service, **options
+    )
+
+
+def _log_of(repository: Path, log: Path | None, number: int = 0) -> Path:
+    file = log or repository.resolve().parent / "triton.log"
+    return file.with_name(f"{file.stem}-{number}{file.suffix}") if number else file
+
+
+class _Watcher(threading.Thread):
+    """Keeps one of the services running; ``failure`` is why it was given up."""
+
+    def __init__(self, supervisor: Supervisor, progress: Progress) -> None:
+        super().__init__(name=f"triton-supervisor-{supervisor.service}", daemon=True)
+        self.supervisor = supervisor
+        self.failure: ScalellmError | None = None
+        self._progress = progress
+
+    def run(self) -> None:
+        try:
+            self.supervisor.watch()
+        except ScalellmError as error:
+            self.failure = error
+            self.supervisor.kill()
+            if self.supervisor.service:
+                self._progress.note(f"triton: service {self.supervisor.service} is given up: {error.message}")
+
+
+def _attend(watchers: Sequence[_Watcher]) -> None:
+    """Returns when all were asked to stop; raises the last failure when none is left."""
+    for watcher in watchers:
+        watcher.join()
+    failures = [watcher.failure for watcher in watchers if watcher.failure]
+    if len(failures) == len(watchers):
+        raise failures[-1]
+
+
+def _in_parallel(calls: Iterable[Callable[[], None]]) -> None:
+    """Each in a thread of its own, so that one drain does not wait for another."""
+    threads = [threading.Thread(target=call, daemon=True) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def _watch_quietly(supervisor: Supervisor, progress: Progress) -> None:
@@ -109,15 +206,16 @@ def _watch_quietly(supervisor: Supervisor, progress: Progress) -> None:
 
 
 @contextmanager
-def _signals(supervisor: Supervisor) -> Iterator[threading.Event]:
+def _signals(supervisors: Sequence[Supervisor]) -> Iterator[threading.Event]:
     """SIGINT and SIGTERM ask to stop, and the second time hurry; restored at the end. Yields "was asked"."""
     asked = threading.Event()
 
     def handle(_number: int, _frame: FrameType | None) -> None:
-        if asked.is_set():
-            supervisor.hurry()
+        for supervisor in supervisors:
+            if asked.is_set():
+                supervisor.hurry()
+            supervisor.ask_to_stop()
         asked.set()
-        supervisor.ask_to_stop()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -5,12 +5,16 @@ Flags as ``tritonserver --help`` of Triton 2.51 prints them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 CONTAINER_REPOSITORY = "/models"
+ENGINE_MODEL = "tensorrt_llm"
+"""The only model that ranks beside the first load."""
+_SHM_SIZE, _SHM_SIZE_OF_RANKS = "1g", "4g"
+"""Shared memory of a container: for Triton's Python models, and for NCCL between ranks. Our choice."""
 _STUB_REGION_FLAG = "--backend-config=python,shm-region-prefix-name="
 
 
@@ -40,6 +44,8 @@ class Settings:
     """Unique on this machine: prefix of the shared memory regions, name of the container."""
     load: Literal["all", "none"] = "all"
     log_verbose: int = 0
+    ranks: int = 1
+    """Processes of one engine, each with a GPU of its own: tp x pp."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +58,14 @@ class Command:
     """Glob patterns of files."""
     afterwards: tuple[str, ...] = ()
     """A command to run."""
+    cwd: Path | None = None
+    """The folder to start in. Paths in the models' configurations may be relative to it: it is the repository."""
 
 
-def server_flags(settings: Settings, repository: str) -> tuple[str, ...]:
+def server_flags(settings: Settings, repository: str, rank: int = 0) -> tuple[str, ...]:
     """Settings -> the flags of tritonserver; ``repository`` is the folder as the server sees it.
+
+    A ``rank`` above 0 loads the engine's model alone, in which it stays: it never gets as far as opening a port.
 
     The model control mode is explicit, so that nothing changes under a running server by itself. Model configurations
     are complete as written, hence no auto-complete, which would start every Python model twice.
@@ -72,13 +82,42 @@ def server_flags(settings: Settings, repository: str) -> tuple[str, ...]:
         f"--metrics-address={settings.host}",
         f"--metrics-port={ports.metrics}",
         f"--exit-timeout-secs={settings.exit_timeout_s}",
-        f"{_STUB_REGION_FLAG}{settings.name}",
+        f"{_STUB_REGION_FLAG}{settings.name}{f'-rank{rank}' if rank else ''}",
         "--log-format=default",
         f"--log-verbose={settings.log_verbose}",
     ]
     if settings.load == "all":
-        flags.append("--load-model=*")
+        flags.append(f"--load-model={ENGINE_MODEL if rank else '*'}")
     return tuple(flags)
+
+
+def server_argv(program: str, settings: Settings, repository: str, more: Sequence[str] = ()) -> tuple[str, ...]:
+    """One server, or under ``mpirun`` one for each rank of the engine, of which the first one listens.
+
+    Source: scripts/launch_triton_server.py of tensorrtllm_backend @v0.12.0 and @v0.19.0. A world of size 1 also runs
+    without mpirun (docs/llama_multi_instance.md @v0.17.0).
+    """
+    ranks = [(program, *server_flags(settings, repository, rank), *more) for rank in range(settings.ranks)]
+    if settings.ranks == 1:
+        return ranks[0]
+    return ("mpirun", "--allow-run-as-root", *_joined_by_colons(ranks))
+
+
+def _joined_by_colons(ranks: Sequence[Sequence[str]]) -> Iterator[str]:
+    for rank, argv in enumerate(ranks):
+        yield from (*((":",) if rank else ()), "-n", "1", *argv)
+
+
+def rank_environment(settings: Settings) -> dict[str, str]:
+    """What mpirun must be told beyond its flags: to leave its ranks time to drain. Empty without ranks.
+
+    Open MPI kills one second after SIGTERM unless told otherwise: MCA parameter odls_base_sigkill_timeout of Open MPI 4
+    (ompi_info --param odls all), which PRRTE of Open MPI 5 has under its own prefix. Not run: there was no GPU.
+    """
+    if settings.ranks == 1:
+        return {}
+    timeout_s = str(settings.exit_timeout_s + 1)
+    return {f"{prefix}_MCA_odls_base_sigkill_timeout": timeout_s for prefix in ("OMPI", "PRTE")}
 
 
 def local_command(
@@ -90,12 +129,11 @@ def local_command(
     caches: Path | None = None,
 ) -> Command:
     """A tritonserver binary of this machine; ``backends`` and ``caches`` are None where it finds its own."""
-    argv = [str(executable), *server_flags(settings, str(settings.repository))]
-    if backends:
-        argv.append(f"--backend-directory={backends}")
-    if caches:
-        argv.append(f"--cache-directory={caches}")
-    return Command(tuple(argv), env, delete=(f"/dev/shm/{settings.name}*",))
+    more = [f"--backend-directory={backends}"] if backends else []
+    more += [f"--cache-directory={caches}"] if caches else []
+    argv = server_argv(str(executable), settings, str(settings.repository), more)
+    env = {**env, **rank_environment(settings)}
+    return Command(argv, env, delete=(f"/dev/shm/{settings.name}*",), cwd=settings.repository)
 
 
 def local_environment(
@@ -123,16 +161,15 @@ def container_command(
     *,
     user: tuple[int, int],
     gpus: str | None,
-    shm_size: str = "1g",
 ) -> Command:
     """``docker run`` or ``podman run`` of tritonserver, in the foreground, removed afterwards.
 
     The network is the host's, so that ``settings.host`` decides who can reach the ports, as it does without a
-    container. The repository is mounted read-only at /models. ``user`` (uid, gid) is the caller's, not root; it has no
-    home inside, so HOME is /tmp. ``gpus`` is docker's ``--gpus`` value (``"all"``, ``"device=0"``), None for none. An
-    image that is not there yet is not pulled, because that would take many minutes in silence. memlock and stack are
-    the limits that NVIDIA's images ask for at start. podman names GPUs as CDI devices, and without root it maps the
-    caller's uid only with keep-id (podman-run(1)).
+    container. The repository is mounted read-only at /models, where the server starts. ``user`` (uid, gid) is the
+    caller's, not root; it has no home inside, so HOME is /tmp. ``gpus`` is docker's ``--gpus`` value (``"all"``,
+    ``"device=0,1"``), None for none. An image that is not there yet is not pulled, because that would take many minutes
+    in silence. memlock and stack are the limits that NVIDIA's images ask for at start. podman names GPUs as CDI
+    devices, and without root it maps the caller's uid only with keep-id (podman-run(1)).
     """
     argv = [
         engine,
@@ -143,17 +180,21 @@ def container_command(
         "--network=host",
         f"--user={user[0]}:{user[1]}",
         "--env=HOME=/tmp",
-        f"--shm-size={shm_size}",
+        *(f"--env={name}={value}" for name, value in rank_environment(settings).items()),
+        f"--shm-size={_SHM_SIZE if settings.ranks == 1 else _SHM_SIZE_OF_RANKS}",
         "--ulimit=memlock=-1",
         "--ulimit=stack=67108864",
         f"--volume={settings.repository}:{CONTAINER_REPOSITORY}:ro",
+        f"--workdir={CONTAINER_REPOSITORY}",
     ]
     podman = Path(engine).name == "podman"
     if podman and user[0] != 0:
         argv.append("--userns=keep-id")
-    if gpus:
-        argv.append(f"--device=nvidia.com/gpu={gpus.removeprefix('device=')}" if podman else f"--gpus={gpus}")
-    argv += [image, "tritonserver", *server_flags(settings, CONTAINER_REPOSITORY)]
+    if gpus and podman:
+        argv += [f"--device=nvidia.com/gpu={gpu}" for gpu in gpus.removeprefix("device=").split(",")]
+    elif gpus:
+        argv.append(f'--gpus="{gpus}"' if "," in gpus else f"--gpus={gpus}")  # docker reads the value as CSV
+    argv += [image, *server_argv("tritonserver", settings, CONTAINER_REPOSITORY)]
     return Command(tuple(argv), env, afterwards=(engine, "rm", "--force", settings.name))
 
 

@@ -52,7 +52,7 @@ class Health:
     """The judgment over one server process; a new one for every start. ``probe`` asks for one token by a deadline."""
 
     policy: Policy
-    group: int
+    session: int
     probe: Callable[[float], Verdict | None]
     clock: Callable[[], float] = time.monotonic
     _members: set[int] = field(default_factory=set)
@@ -62,7 +62,7 @@ class Health:
     _unanswered_since_s: float | None = None
 
     def __post_init__(self) -> None:
-        self._members = set(members(self.group))
+        self._members = set(members(self.session))
         self._next_probe_s = self.clock() + self.policy.period_s
 
     def trouble(self) -> str | None:
@@ -70,9 +70,9 @@ class Health:
         lost = {pid for pid in self._members if not _lives(pid)}
         if not lost and self.clock() < self._next_probe_s:
             return None
-        before, begun = members(self.group), self.clock()
+        before, begun = members(self.session), self.clock()
         verdict = self.probe(self.policy.deadline_s)
-        after = members(self.group)
+        after = members(self.session)
         self._members = set(after)
         if verdict is None:  # interrupted: somebody else decides
             return None
@@ -105,12 +105,15 @@ class Health:
         return None
 
 
-def members(group: int) -> dict[int, float]:
-    """The living processes of a process group -> CPU seconds used so far (proc(5): pgrp, utime + stime)."""
+def members(session: int) -> dict[int, float]:
+    """The living processes of a session -> CPU seconds used so far (proc(5): session, utime + stime).
+
+    Not of a process group: mpirun gives each of its ranks a group of its own, and all stay in the session.
+    """
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         fields = _stat(int(folder.name))
-        if fields and int(fields[2]) == group:
+        if fields and int(fields[3]) == session:
             found[int(folder.name)] = (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
     return found
 

@@ -6,25 +6,26 @@ It knows what each of the three needs before it can start; it starts nothing its
 from __future__ import annotations
 
 import os
-import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
 from toolchain import runner
-from toolchain.errors import ArtifactError, ToolError
+from toolchain.errors import ToolError
 from toolchain.servers.triton import bundled
 from toolchain.servers.triton.command import Command, Settings, container_command, local_command
+from toolchain.servers.triton.needs import Needs
 
 Kind = Literal["bundled", "path", "container"]
 Preference = Literal["auto", "bundled", "path", "container"]
 DEFAULT_IMAGE = "nvcr.io/nvidia/tritonserver:24.10-py3"
 """The image with the Triton (2.51) that the wheel bundles. Source: NVIDIA Triton release notes 24.10, 2024-10-30."""
 _BUNDLED_BACKENDS = frozenset({"python"})
+NOTHING_SPECIAL = Needs()
+"""Python models only."""
 _INSTALL = "pip install 'nvidia-pytriton==0.7.0'"
-_BACKEND_LINE = re.compile(r'^\s*backend\s*:\s*"([^"]+)"', re.MULTILINE)
 
 
 class Server(Protocol):
@@ -106,55 +107,52 @@ class ContainerServer:
             raise ToolError(f"the image {self.image} is not on this machine", hint=hint)
 
 
-def find_server(
-    prefer: Preference = "auto",
-    *,
-    environ: Mapping[str, str],
-    needs: Collection[str] = ("python",),
-    image: str = DEFAULT_IMAGE,
-    gpus: str | None = None,
-) -> Server:
-    """The first server that has the backends in ``needs``: bundled, on PATH, container; or only the kind in ``prefer``.
+def find_server(prefer: Preference = "auto", *, environ: Mapping[str, str], needs: Needs = NOTHING_SPECIAL) -> Server:
+    """The first server that has what the repository needs: bundled, on PATH, container; or only the kind in ``prefer``.
 
-    The bundled one comes first because its Python models run in this very environment. ``image`` and ``gpus`` matter
-    to containers only. Nothing found is a ``ToolError`` that says what was tried.
+    The bundled one comes first because its Python models run in this very environment. Nothing found is a
+    ``ToolError`` that says what was tried.
     """
     kinds: tuple[Kind, ...] = ("bundled", "path", "container") if prefer == "auto" else (prefer,)
     reasons = []
     for kind in kinds:
-        found = _try(kind, environ, needs, image, gpus)
+        found = _try(kind, environ, needs)
         if not isinstance(found, str):
             return found
         reasons.append(f"{kind}: {found}")
-    raise ToolError("no Triton server was found (" + "; ".join(reasons) + ")", hint=_hint(needs, image))
+    raise ToolError("no Triton server was found (" + "; ".join(reasons) + ")", hint=_hint(needs))
 
 
-def backends_of(repository: Path) -> frozenset[str]:
-    """The names of the backends that the models of a repository ask for, read from their config.pbtxt."""
-    configs = sorted(repository.glob("*/config.pbtxt"))
-    if not configs:
-        raise ArtifactError(
-            f"{repository} is not a Triton model repository: no */config.pbtxt in it", hint="scalellm package"
-        )
-    return frozenset(name for config in configs for name in _BACKEND_LINE.findall(config.read_text()))
-
-
-def _try(kind: Kind, environ: Mapping[str, str], needs: Collection[str], image: str, gpus: str | None) -> Server | str:
+def _try(kind: Kind, environ: Mapping[str, str], needs: Needs) -> Server | str:
     """The server of one kind, or why there is none."""
     path = environ.get("PATH", "")
     if kind == "path":
-        executable = shutil.which("tritonserver", path=path)
-        return PathServer(Path(executable), environ) if executable else "no tritonserver on PATH"
+        return _on_path(environ, needs)
     if kind == "container":
         engine = shutil.which("docker", path=path) or shutil.which("podman", path=path)
         if not engine:
             return "no docker or podman on PATH"
-        return _refusal_of(engine, environ) or ContainerServer(Path(engine), image, environ, gpus)
-    lacking = sorted(set(needs) - _BUNDLED_BACKENDS)
+        image = needs.image or DEFAULT_IMAGE
+        return _refusal_of(engine, environ) or ContainerServer(Path(engine), image, environ, needs.devices(environ))
+    lacking = sorted(needs.backends - _BUNDLED_BACKENDS)
     if lacking:
         return f"the bundled server lacks the backend {', '.join(lacking)}"
+    if needs.release:
+        return f"the bundled server has no TensorRT-LLM {needs.release}"
     wheel = bundled.find_wheel()
     return BundledServer(wheel, environ) if wheel else "nvidia-pytriton is not installed"
+
+
+def _on_path(environ: Mapping[str, str], needs: Needs) -> Server | str:
+    path = environ.get("PATH", "")
+    executable = shutil.which("tritonserver", path=path)
+    if not executable:
+        return "no tritonserver on PATH"
+    if refusal := needs.refusal(environ):
+        return refusal
+    if needs.ranks > 1 and not shutil.which("mpirun", path=path):
+        return f"no mpirun on PATH, which starts the {needs.ranks} ranks of this engine"
+    return PathServer(Path(executable), environ)
 
 
 def _refusal_of(engine: str, environ: Mapping[str, str]) -> str:
@@ -166,10 +164,16 @@ def _refusal_of(engine: str, environ: Mapping[str, str]) -> str:
     return f"{Path(engine).name} does not answer: {reason}"
 
 
-def _hint(needs: Collection[str], image: str) -> str:
-    if set(needs) <= _BUNDLED_BACKENDS:
+def _hint(needs: Needs) -> str:
+    if needs.image:
+        image = needs.image
+        rebuild = (
+            f"\nor build the engine again for the release that you have: tensorrt_llm in the recipe {needs.recipe}"
+        )
+        return f"run this inside {image}, or install docker and: docker pull {image}{rebuild}"
+    if needs.backends <= _BUNDLED_BACKENDS:
         return _INSTALL
-    return f"run this inside NVIDIA's image, such as {image}, or install docker and pull it"
+    return f"run this inside NVIDIA's image, such as {DEFAULT_IMAGE}, or install docker and pull it"
 
 
 def _cache(environ: Mapping[str, str]) -> Path:

@@ -57,6 +57,8 @@ class ServingInfo:
     """What that first token took, one-time work such as compiling kernels included."""
     sample: str
     """A curl command that shows the server at work."""
+    service: str = ""
+    """Such as ``"2 of 3"``; empty where there is only one."""
 
 
 class Supervisor:
@@ -78,6 +80,8 @@ class Supervisor:
         start_timeout_s: float = 600.0,
         policy: Policy | None = None,
         progress: Progress | None = None,
+        ranks: int = 1,
+        service: str = "",
     ) -> None:
         self._server = server
         self._settings = Settings(
@@ -86,7 +90,9 @@ class Supervisor:
             host=host,
             exit_timeout_s=exit_timeout_s,
             name=f"scalellm-{os.getpid()}-{secrets.token_hex(4)}",
+            ranks=ranks,
         )
+        self.service = service
         self._log = log
         self._model = model
         self._start_timeout_s = start_timeout_s
@@ -157,7 +163,12 @@ class Supervisor:
         _rotate(self._log)
         begun = time.monotonic()
         self._process = runner.start(
-            command.argv, log=self._log, env=command.env, delete=command.delete, afterwards=command.afterwards
+            command.argv,
+            log=self._log,
+            cwd=command.cwd,
+            env=command.env,
+            delete=command.delete,
+            afterwards=command.afterwards,
         )
         try:
             first = self._wait_until_ready(self._process, begun + self._start_timeout_s)
@@ -212,7 +223,7 @@ class Supervisor:
             if self._process:
                 self._process.kill()
             pause_s = self._pause_before_restart(reason)
-            self._progress.note(f"triton: replacing the server ({reason})")
+            self._progress.note(f"triton{f' {self.service}' if self.service else ''}: replacing the server ({reason})")
             if self._stopping.wait(pause_s):
                 return
             try:
@@ -263,6 +274,7 @@ class Supervisor:
             log=self._log,
             start_s=start_s,
             first_token_s=first_token_s,
+            service=self.service,
             sample=f"curl -N {http_url}/v2/models/{self._model}/generate_stream -d '{_SAMPLE_BODY}'",
         )
 
