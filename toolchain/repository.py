@@ -123,6 +123,8 @@ class Repository:
     """The container image that serves it, with its registry host; None where any Triton does."""
     gpus: int = 0
     """GPUs of one service, which are ranks of one engine."""
+    sm: int | None = None
+    """Their compute capability times ten; None where no GPU is needed."""
 
     @classmethod
     def open(cls, path: Path) -> Repository:
@@ -131,7 +133,7 @@ class Repository:
         raw = read_json(path / CONTENTS)
         try:
             models = tuple(raw["models"])
-            served = {name: raw[name] for name in ("services", "release", "image", "gpus") if name in raw}
+            served = {name: raw[name] for name in ("services", "release", "image", "gpus", "sm") if name in raw}
             repository = cls(path, stamp, raw["backend"], models, dict(raw["parameters"]), **served)
         except (KeyError, TypeError, ValueError) as error:
             raise _unreadable(path / CONTENTS, error) from error

@@ -104,6 +104,25 @@ def test_a_tritonserver_of_another_release_is_refused_with_what_to_do(
         assert find_server(prefer, environ=same, needs=needs_of(engine_repository)).kind == "path"
 
 
+def test_another_kind_of_gpu_is_refused_before_anything_starts(
+    engine_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for card, wrong in (
+        ("NVIDIA L4, 8.9\\nNVIDIA A100-SXM4-80GB, 8.0", True),
+        ("NVIDIA L4, 8.9\\nNVIDIA L4, 8.9", False),
+    ):
+        program(tmp_path / "bin", "nvidia-smi", f"printf '{card}\\n'")
+        program(tmp_path / "bin", "docker", "exit 0")
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+        if wrong:
+            with pytest.raises(
+                ToolError, match=r"needs 2 GPUs of SM 89, and this machine has NVIDIA L4 \(SM 89\), NVIDIA A"
+            ):
+                find_server("container", environ=os.environ, needs=needs_of(engine_repository))
+        else:
+            assert find_server("container", environ=os.environ, needs=needs_of(engine_repository)).kind == "container"
+
+
 def test_ranks_without_mpirun_are_refused(engine_repository: Path, tmp_path: Path) -> None:
     program(tmp_path / "bin", "tritonserver", "exit 0")
     with pytest.raises(ToolError, match="no mpirun on PATH, which starts the 2 ranks"):

@@ -158,7 +158,8 @@ def _contents(engine: Engine, services: int) -> dict[str, Any]:
     """What ``serve`` must know of the repository."""
     passport = engine.passport
     image = f"{IMAGES}/{passport.container}" if passport.container else None
-    release = {"release": passport.release, "image": image, "gpus": passport.tp * passport.pp if image else 0}
+    gpus = {"gpus": passport.tp * passport.pp, "sm": passport.sm} if image else {"gpus": 0, "sm": None}
+    release = {"release": passport.release, "image": image, **gpus}
     return {"backend": passport.backend, "recipe": passport.recipe, "services": services, **release}
 
 

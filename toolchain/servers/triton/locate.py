@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 
 from toolchain import runner
 from toolchain.errors import ToolError
+from toolchain.gpu import visible_gpus
 from toolchain.servers.triton import bundled
 from toolchain.servers.triton.command import Command, Settings, container_command, local_command
 from toolchain.servers.triton.needs import Needs
@@ -113,6 +114,10 @@ def find_server(prefer: Preference = "auto", *, environ: Mapping[str, str], need
     The bundled one comes first because its Python models run in this very environment. Nothing found is a
     ``ToolError`` that says what was tried.
     """
+    if needs.sm is not None and (lacking := needs.lacking_gpus(visible_gpus())):
+        raise ToolError(
+            lacking, hint=f"build it for this GPU: device in the recipe {needs.recipe}, then scalellm build"
+        )
     kinds: tuple[Kind, ...] = ("bundled", "path", "container") if prefer == "auto" else (prefer,)
     reasons = []
     for kind in kinds:

@@ -6,7 +6,7 @@ Read from the models' config.pbtxt and from ``repository.json``, which a reposit
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,8 @@ class Needs:
     """The image that has it, with its registry host."""
     gpus: int = 0
     """Of one service; also its ranks."""
+    sm: int | None = None
+    """Compute capability of the GPUs, times ten: an engine runs on its own kind only."""
     services: int = 1
     recipe: str = "RECIPE"
 
@@ -66,12 +68,20 @@ class Needs:
             f"{self.release} ({' or '.join(self.tags)}): an engine runs with the version that built it"
         )
 
+    def lacking_gpus(self, found: Sequence[tuple[str, int]]) -> str:
+        """Why these GPUs (name, SM) do not do; empty where they do, or none could be seen."""
+        fitting = [sm for _, sm in found if sm == self.sm]
+        if not found or self.sm is None or len(fitting) >= self.gpus:
+            return ""
+        seen = ", ".join(f"{name} (SM {sm})" for name, sm in found)
+        return f"the engine needs {self.gpus} GPU{'s' * (self.gpus > 1)} of SM {self.sm}, and this machine has {seen}"
+
 
 def needs_of(repository: Path) -> Needs:
     """Raises ArtifactError where the folder is no model repository."""
     file = repository / CONTENTS
     raw = read_json(file) if file.is_file() else {}
-    known = {name: raw[name] for name in ("release", "image", "gpus", "services", "recipe") if name in raw}
+    known = {name: raw[name] for name in ("release", "image", "gpus", "sm", "services", "recipe") if name in raw}
     return Needs(backends_of(repository), **known)
 
 
