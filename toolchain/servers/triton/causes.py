@@ -1,6 +1,6 @@
 """What Triton's log says about a failed start, in one sentence: a table of known causes, each with what to do about it.
 
-Every pattern was taken from a log of Triton 2.51 that failed for that reason, except where noted.
+Every pattern was taken from a log of Triton 2.51 that failed for that reason, except where another source is named.
 """
 
 from __future__ import annotations
@@ -36,7 +36,49 @@ def _known(pattern: str, message: str, hint: str = "") -> _Known:
 
 _MODEL = r"failed to load '(?P<model>[^']+)' version \S+ "
 
+_OF_TENSORRT_LLM = (
+    # tensorrtllm_backend issues 281 and 438; before the next, which may follow from it
+    _known(
+        r"(?:CUDA runtime error in [^\n]*: out of memory|Cuda Runtime \(out of memory\))",
+        "the GPU ran out of memory while the engine was loading",
+        "nvidia-smi shows what else takes it; or take less: max_batch_size, kv_cache max_tokens (scalellm plan)",
+    ),
+    # tensorrtllm_backend issues 531, 375, 424 and NVIDIA/TensorRT-LLM issue 660
+    _known(
+        r"(?:kSERIALIZATION_VERSION failed|Expected length != real length|Expected length \S+ != real length"
+        r"|expecting (?:\[TensorRT\] )?library version|Failed to deserialize cuda engine)",
+        "the engine was built by another version of TensorRT than this server has",
+        "serve it in the image of its own release (scalellm serve picks it), or build it again for this one",
+    ),
+    # tensorrtllm_backend issues 271 and 323
+    _known(
+        r"When KV cache block reuse is set, model has to be built with paged context FMHA",
+        "KV reuse is on, and the engine was built without paged-context attention",
+        "scalellm build writes the two alike: package this engine again",
+    ),
+    # tensorrtllm_backend issues 168 and NVIDIA/TensorRT-LLM 494
+    _known(
+        r"maxTokensInPagedKvCache must be large enough",
+        "the KV cache does not hold one sequence of full length: something else takes the GPU's memory",
+        "nvidia-smi shows what; with several services each must find its share free (scalellm plan)",
+    ),
+    # tensorrtllm_backend issues 328 and 363
+    _known(
+        r"cudaDeviceGetDefaultMemPool[^\n]*operation not supported",
+        "this GPU has no CUDA memory pools, as virtual GPUs (vGPU) do not unless they are set up for it",
+        "use the whole GPU, or a vGPU profile with unified memory",
+    ),
+    # src/model_instance_state.cc of tensorrtllm_backend @v0.12.0 to v0.19.0
+    _known(
+        r"Both encoder and decoder model paths are empty",
+        "the engine was not found: its path is relative to the repository, and the server was started elsewhere",
+        "scalellm serve --repository DIR, or start tritonserver in the repository's folder",
+    ),
+)
+"""What NVIDIA's backend writes while it loads an engine: taken from reports of others, not seen here."""
+
 _TABLE = (
+    *_OF_TENSORRT_LLM,
     _known(
         r"(?:Socket '(?P<socket>[^']+)' already in use|[Ff]ailed to bind.*?(?P<address>\S+:\d+))",
         "an address is already in use: {socket}{address}",
