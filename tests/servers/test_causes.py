@@ -28,7 +28,7 @@ _LOAD = "failed to load 'tensorrt_llm' version 1: Internal: unexpected error whe
         ),
         (  # tensorrtllm_backend issue 271
             "[TensorRT-LLM][ERROR] Assertion failed: When KV cache block reuse is set, model has to be built with "
-            "paged context FMHA support (/home/jenkins/agent/workspace/batch_manager/trtGptModelInflightBatching.cpp:140)",
+            "paged context FMHA support (/home/jenkins/agent/batch_manager/trtGptModelInflightBatching.cpp:140)",
             "KV reuse is on, and the engine was built without paged-context attention",
             "package this engine again",
         ),

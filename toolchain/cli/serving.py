@@ -55,6 +55,9 @@ def serve(
 ) -> None:
     """Launch Triton Inference Server on a built repository, watch it, and stop it cleanly on Ctrl-C.
 
+    A recipe with services: N gets N servers; each next one has all its ports 10 higher. A repository of a TensorRT-LLM
+    engine is served by the Triton of its own release: on PATH inside NVIDIA's image, or that image in a container.
+
     \b
     Examples:
       scalellm serve --recipe tiny
