@@ -21,7 +21,7 @@ L4 = "1, NVIDIA L4, 8.9, 23034, 22000, 595.10.02"
 A100 = "0, NVIDIA A100-SXM4-80GB, 8.0, 81920, 81000, 535.161.08"
 
 SOURCE = '''
-import json, os, shlex, subprocess, sys, time
+import json, os, shutil, socket, subprocess, sys, time
 from pathlib import Path
 
 here = Path(__file__).parent
@@ -37,7 +37,8 @@ def build(args):
     for line in behavior["says"]:
         print(line, flush=True)
     if behavior["sleep_s"]:
-        subprocess.Popen(["sleep", "300"])
+        if behavior["sleep_s"] > 100:
+            subprocess.Popen(["sleep", "300"])
         time.sleep(behavior["sleep_s"])
     if behavior["exit"]:
         sys.exit(behavior["exit"])
@@ -73,30 +74,49 @@ def container(args):
         build([mounts.get(word, (word,))[0] for word in inside[1:]])
 
 def ssh(args):
-    """Runs the command as a login would: in the home folder of the other machine, by its shell."""
-    words = iter(args)
-    while (word := next(words)).startswith("-"):
-        if word in ("-o", "-p", "-l", "-i"):
-            next(words)
-        elif word == "--":
-            word = next(words)
-            break
+    """Hands the command to the test's own ``Sshd``, prints what comes back, and exits as the command does."""
+    words = args[args.index("--") + 1:]
     if behavior["refuse"]:
         print(behavior["refuse"], file=sys.stderr)
         sys.exit(255)
-    home = Path(behavior["home"])
-    env = {"HOME": str(home), "PATH": behavior["path"], "USER": "builder"}
-    if "PYTHONPATH" in os.environ:
-        env["PYTHONPATH"] = os.environ["PYTHONPATH"]
-    for line in behavior["greeting"]:
-        print(line)
-    sys.stdout.flush()
-    try:
-        command = ["sh", "-c", " ".join(words)]
-        sys.exit(subprocess.run(command, cwd=home, env=env, timeout=behavior["drop_s"]).returncode)
-    except subprocess.TimeoutExpired:
-        print("client_loop: send disconnect: Broken pipe", file=sys.stderr)
-        sys.exit(255)
+    with socket.socket(socket.AF_UNIX) as wire:
+        wire.connect(str(here / "sshd.sock"))
+        answers = wire.makefile("rw")
+        answers.write(json.dumps({"host": words[0], "command": " ".join(words[1:])}) + "\\n")
+        answers.flush()
+        for answer in map(json.loads, answers):
+            if "exit" in answer:
+                sys.exit(answer["exit"])
+            print(answer["line"], file=sys.stderr if answer["error"] else sys.stdout, flush=True)
+            dropped = here / "dropped"
+            if behavior["drop_at"] and behavior["drop_at"] in answer["line"] and not dropped.exists():
+                dropped.touch()
+                break
+    print("client_loop: send disconnect: Broken pipe", file=sys.stderr)
+    sys.exit(255)
+
+def rsync(args):
+    """Copies what differs in size or time; where it is told to, it drops the connection inside the second file."""
+    ends = [Path(behavior["home"], end.partition(":")[2]) if ":" in end else Path(end) for end in args[-2:]]
+    files, copied, dropped = sorted(ends[0].iterdir()), 0, here / "dropped"
+    total = sum(file.stat().st_size for file in files)
+    for file in files:
+        there = ends[1] / file.name
+        if there.exists() and there.stat().st_size == file.stat().st_size and int(there.stat().st_mtime) == int(
+            file.stat().st_mtime
+        ):
+            continue
+        if behavior["rsync_drops"] and copied and not dropped.exists():
+            dropped.touch()
+            there.write_bytes(file.read_bytes()[:100])
+            print("rsync: connection unexpectedly closed (12345 bytes received so far) [sender]", file=sys.stderr)
+            sys.exit(12)
+        shutil.copy2(file, there)
+        copied += file.stat().st_size
+        print(f"\\r{copied:>15,} {100 * copied // total}%  100.00MB/s    0:00:01 ", end="", flush=True)
+        with (here / "copied").open("a") as stream:
+            stream.write(f"{file.name}\\n")
+    print()
 
 if name == "trtllm-build":
     build(args)
@@ -107,6 +127,8 @@ elif name in ("docker", "podman"):
     container(args)
 elif name == "ssh":
     ssh(args)
+elif name == "rsync":
+    rsync(args)
 '''
 
 
@@ -134,9 +156,8 @@ class Programs:
             "images": [],
             "refuse": "",
             "home": "",
-            "path": "",
-            "greeting": [],
-            "drop_s": None,
+            "drop_at": "",
+            "rsync_drops": False,
         }
         self.behave()
 

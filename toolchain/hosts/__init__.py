@@ -8,7 +8,7 @@ from typing import cast
 from toolchain.errors import ToolError
 from toolchain.host import Host
 
-NAMES = ("local", "container")
+NAMES = ("local", "container", "ssh")
 
 
 def load(spoken: str) -> Host:

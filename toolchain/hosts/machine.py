@@ -14,18 +14,27 @@ from toolchain.host import EngineJob
 from toolchain.hosts.command import image, size_of
 from toolchain.units import format_bytes
 
-PROBE = r"""
+VERSION = r"""
+trtllm_version() {
+  IFS= read -r first < "$(command -v trtllm-build)" || return
+  python=${first#??}; python=${python%% *}
+  case $python in */python*) ;; *) python=$(dirname "$(command -v trtllm-build)")/python3 ;; esac
+  [ -x "$python" ] || python=python3
+  "$python" -c "import importlib.metadata as m; print(m.version('tensorrt_llm'))" 2>&1 | tail -n 1
+}
+"""
+"""A shell function: the version of TensorRT-LLM whose ``trtllm-build`` is on PATH."""
+
+PROBE = (
+    VERSION
+    + r"""
 folder=$1 image=$2 tools=$3
 say() { printf 'scalellm %s %s\n' "$1" "$2"; }
 nvidia-smi --query-gpu=index,name,compute_cap,memory.total,memory.free,driver_version \
   --format=csv,noheader,nounits 2>&1 | while IFS= read -r line; do say gpu "$line"; done
 if builder=$(command -v trtllm-build); then
   say builder "$builder"
-  IFS= read -r first < "$builder"
-  python=${first#??}; python=${python%% *}
-  case $python in */python*) ;; *) python=$(dirname "$builder")/python3 ;; esac
-  [ -x "$python" ] || python=python3
-  say version "$("$python" -c 'import importlib.metadata as m; print(m.version("tensorrt_llm"))' 2>&1 | tail -n 1)"
+  say version "$(trtllm_version)"
 fi
 for tool in $tools; do
   command -v "$tool" > /dev/null || continue
@@ -33,11 +42,13 @@ for tool in $tools; do
   say tool "$tool $(printf '%s' "$said" | tail -n 1)"
   if "$tool" image inspect "$image" > /dev/null 2>&1; then say image "$tool"; fi
 done
+if [ -d "$folder" ]; then say used_kib "$(du -sk "$folder" | cut -f 1)"; fi
 while [ ! -d "$folder" ]; do folder=$(dirname "$folder"); done
 say disk_kib "$(df -Pk "$folder" | awk 'NR == 2 { print $4 }')"
 say ram_kib "$(awk '/^(MemAvailable|SwapFree):/ { sum += $2 } END { print sum }' /proc/meminfo)"
 if command -v rsync > /dev/null; then say rsync yes; fi
 """
+)
 """Arguments: the folder whose disk is asked about, the image, the container tools to ask.
 
 Query fields: https://docs.nvidia.com/deploy/nvidia-smi/ (2026-11-01). https://packaging.python.org/en/latest/specifications/
@@ -72,6 +83,8 @@ class Machine:
     images: set[str] = field(default_factory=set)
     """The tools that have the image."""
     disk_bytes: int | None = None
+    used_bytes: int = 0
+    """What an earlier build of the same engine left in the folder."""
     ram_bytes: int | None = None
     rsync: bool = False
 
@@ -100,7 +113,7 @@ def _take(machine: Machine, word: str, value: str) -> None:
         machine.tools[name] = wrong.strip()
     elif word == "image":
         machine.images.add(value)
-    elif word in ("disk_kib", "ram_kib") and value.isdigit():
+    elif word in ("disk_kib", "used_kib", "ram_kib") and value.isdigit():
         setattr(machine, word.replace("_kib", "_bytes"), int(value) * _KIB)
     elif word in ("builder", "version"):
         setattr(machine, word, value)
@@ -201,8 +214,9 @@ def without_room(machine: Machine, job: EngineJob, *, copies: int) -> list[str]:
     """
     size = size_of(job.checkpoint)
     lacking = []
-    if machine.disk_bytes is not None and machine.disk_bytes < copies * size:
-        lacking.append(f"{format_bytes(copies * size)} of disk: {format_bytes(machine.disk_bytes)} are free")
+    wanted = copies * size - machine.used_bytes
+    if machine.disk_bytes is not None and machine.disk_bytes < wanted:
+        lacking.append(f"{format_bytes(wanted)} of disk: {format_bytes(machine.disk_bytes)} are free")
     if machine.ram_bytes is not None and machine.ram_bytes < size:
         lacking.append(f"{format_bytes(size)} of RAM: {format_bytes(machine.ram_bytes)} are free, swap included")
     return lacking

@@ -32,6 +32,10 @@ _MILESTONES = (
 https://github.com/k2-fsa/sherpa/issues/605 and https://github.com/NVIDIA/TensorRT-LLM/pull/4375 (2026-11-22)."""
 
 
+_TRANSFERRED = re.compile(r"\s*([\d.,]+)\s+\d+%")
+"""Bytes so far and percent, rsync(1), --info=progress2."""
+
+
 @dataclass
 class _Steps:
     """How far the builder is, from its log."""
@@ -68,12 +72,33 @@ def build(
     return code
 
 
-def run(argv: Sequence[str], log: Path, *, hint: str = "") -> int:
-    """Run a command without a bar -> its exit code; its output goes to the log."""
-    with runner.start(argv, log=log, env=os.environ, hint=hint) as process:
-        code = process.wait()
-    assert code is not None
+def transfer(argv: Sequence[str], nbytes: int, log: Path, progress: Progress, label: str) -> int:
+    """Run an rsync with ``--info=progress2`` and a bar -> its exit code; what it says when it fails goes to the log."""
+    with tempfile.TemporaryDirectory() as folder, progress.task(f"build: {label}", nbytes, "bytes") as task:
+        said, sent = Path(folder) / "log", 0
+
+        def read(line: str) -> None:
+            nonlocal sent
+            found = _TRANSFERRED.match(line)
+            if found:
+                now = min(nbytes, int(re.sub(r"\D", "", found[1])))
+                task.advance(now - sent)
+                sent = now
+
+        with runner.start(argv, log=said, env=os.environ, hint="sudo apt-get install rsync") as process:
+            code = process.follow(read)
+        if code == 0:
+            task.advance(nbytes - sent)
+        else:
+            words = [line for line in said.read_text(errors="replace").splitlines() if not _TRANSFERRED.match(line)]
+            append(log, "\n".join(words))
     return code
+
+
+def append(log: Path, text: str) -> None:
+    """Add to the log what a short command said."""
+    with log.open("a", encoding="utf-8") as stream:
+        stream.write(f"{text.rstrip()}\n" if text.strip() else "")
 
 
 def failure(argv: Sequence[str], code: int, job: EngineJob, log: Path, *, what: str, hint: str = "") -> ToolError:
