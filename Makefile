@@ -3,13 +3,14 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 ORACLE  ?= .venv-oracle
+SKY     ?= .venv-sky
 RECIPE  ?= tiny
 WORK    ?= scalellm-work
 BIN     := $(VENV)/bin
 SCALELLM = $(BIN)/scalellm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oracle check build serve lock clean
+.PHONY: help demo test test-oracle test-sky check build serve lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -46,6 +47,16 @@ $(ORACLE)/.installed: pyproject.toml constraints-oracle.txt
 test-oracle: $(VENV)/.dev .oracle/stamp.json  ## compare the quantizers with NVIDIA ModelOpt's own output, tensor by tensor
 	SCALELLM_ORACLE=.oracle $(BIN)/python -m pytest tests/oracle
 
+$(SKY)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(SKY)
+	$(SKY)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["sky"], sep="\n")' \
+	  > $(SKY)/requirements.txt
+	$(SKY)/bin/python -m pip install --quiet --disable-pip-version-check -r $(SKY)/requirements.txt
+	@touch $@
+
+test-sky: $(VENV)/.dev $(SKY)/.installed  ## let SkyPilot itself read the tasks that build on a rented GPU
+	SCALELLM_SKY=$(abspath $(SKY))/bin/python $(BIN)/python -m pytest tests/hosts/test_sky_reader.py
+
 check: $(VENV)/.dev  ## style, types, layers, spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -64,4 +75,4 @@ lock: $(VENV)/.dev $(ORACLE)/.installed  ## write constraints.txt and constraint
 	$(ORACLE)/bin/python scripts/lock.py constraints-oracle.txt
 
 clean:  ## remove the environment, the demo's model and everything built
-	rm -rf $(VENV) $(ORACLE) .oracle .demo $(WORK)
+	rm -rf $(VENV) $(ORACLE) $(SKY) .oracle .demo $(WORK)

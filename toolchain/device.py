@@ -38,6 +38,10 @@ class Device:
     power_w: int | None
     backends: tuple[str, ...]
     """Backends that can run here, the default first."""
+    skypilot: str
+    """Its name in SkyPilot's catalog; empty where none of its clouds has it."""
+    skypilot_clouds: tuple[str, ...]
+    """Of SkyPilot's clouds those that have it and run a task in a docker image."""
     notes: str
     date: str
     sources: Mapping[str, str]
@@ -89,6 +93,8 @@ def _device(name: str, row: Mapping[str, Any]) -> Device:
         dtypes=frozenset(row["dtypes"]),
         power_w=row["power_w"],
         backends=tuple(row["backends"]),
+        skypilot=row.get("skypilot", {}).get("name", ""),
+        skypilot_clouds=tuple(row.get("skypilot", {}).get("clouds", ())),
         notes=row["notes"],
         date=str(row["date"]),
         sources=MappingProxyType(dict(row["source_of"])),

@@ -118,6 +118,24 @@ def rsync(args):
             stream.write(f"{file.name}\\n")
     print()
 
+def sky(args):
+    """Rents nothing: the task runs here, with ``home`` for the home of the rented machine."""
+    home = Path(behavior["home"])
+    if args[0] == "check":
+        if behavior["refuse"]:
+            print(behavior["refuse"], file=sys.stderr)
+            sys.exit(1)
+        print(json.dumps({"default": behavior["clouds"]}))
+    elif args[0] == "launch":
+        import yaml
+        task = yaml.safe_load(Path(args[-1]).read_text())
+        for target, source in task["file_mounts"].items():
+            shutil.copytree(source, home / target.removeprefix("~/"))
+        print(f"(scalellm, pid=2345) on {task['resources']['accelerators']}", flush=True)
+        env = {**os.environ, "HOME": str(home)}
+        done = subprocess.run(["bash", "-c", task["run"]], env=env)
+        sys.exit(100 if done.returncode else 0)
+
 if name == "trtllm-build":
     build(args)
 elif name == "nvidia-smi":
@@ -129,6 +147,8 @@ elif name == "ssh":
     ssh(args)
 elif name == "rsync":
     rsync(args)
+elif name == "sky":
+    sky(args)
 '''
 
 
@@ -157,6 +177,7 @@ class Programs:
             "refuse": "",
             "home": "",
             "drop_at": "",
+            "clouds": [],
             "rsync_drops": False,
         }
         self.behave()

@@ -8,7 +8,7 @@ from typing import cast
 from toolchain.errors import ToolError
 from toolchain.host import Host
 
-NAMES = ("local", "container", "ssh")
+NAMES = ("local", "container", "ssh", "sky")
 
 
 def load(spoken: str) -> Host:
