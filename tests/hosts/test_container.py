@@ -62,6 +62,19 @@ def test_the_container_gets_the_pinned_image_the_callers_id_a_read_only_checkpoi
     assert "--network=none" not in hosts.load("container:network").commands(job)[0].argv
 
 
+def test_another_image_can_be_named_as_one_compiled_for_an_old_gpu(programs: Install, tmp_path: Path) -> None:
+    fake, job = programs("docker", "nvidia-smi"), make_job(tmp_path / "work")
+    own = "registry.example/trtllm:0.13.0-75-real"
+    host = hosts.load(f"container:image={own},0")
+    assert host.lacks(job) == (f"the image {own}, which --on names",)
+    fake.behave(images=[own])
+    assert host.lacks(job) == ()
+    host.build(job, tmp_path / "build.log", Silent())
+    assert (job.out / "rank0.engine").is_file()
+    with pytest.raises(ToolError, match="no name of an image"):
+        hosts.load("container:image=a b")
+
+
 def test_podman_names_gpus_as_cdi_devices(programs: Install, tmp_path: Path) -> None:
     programs("docker", "podman", "nvidia-smi")
     job = make_job(tmp_path / "work", gpus=2)

@@ -15,7 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.hosts.fakes import Programs
+from tests.conftest import SCALELLM
+from tests.gpu_machine import gpu_machine
+from tests.hosts.fakes import RTX4090, Programs
 from toolchain import workspace
 
 Install = Callable[..., Programs]
@@ -90,3 +92,66 @@ def test_kill_9_leaves_no_stamped_engine_and_no_builder(
     stamp = workspace.require(folder / "engine", "engine")
     assert sorted(stamp.files) == ["config.json", "rank0.engine"]
     assert json.loads((folder / "engine" / "config.json").read_text())["version"] == "1.2.1"
+
+
+RECIPE = """\
+name: small
+model: unused/unused
+device: rtx4090
+quantization: {weights: int4, group_size: 64, method: rtn}
+kv_cache: {dtype: fp16}
+limits: {max_batch_size: 4, max_seq_len: 256}
+"""
+
+
+@pytest.mark.parametrize("host", ["local", "container"])
+def test_kill_9_of_scalellm_build_leaves_no_engine_and_the_next_run_builds_it(
+    random_llama: Callable[..., Path],
+    scalellm: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    host: str,
+) -> None:
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    work = tmp_path / "work"
+    place = ["--recipe", str(tmp_path / "small.yaml"), "--model", str(random_llama()), "--work", str(work)]
+    assert scalellm("convert", *place).returncode == 0
+    fake = gpu_machine(tmp_path / "bin", RTX4090, "1.2.1")
+
+    sleeping = Programs(tmp_path / "sleeping", "trtllm-build", "docker", "nvidia-smi")
+    sleeping.behave(sleep_s=300, images=[IMAGE], says=["[TRT-LLM] [I] Build TensorRT engine Unnamed Network 0"])
+    log, engine = work / "small" / "build.log", work / "small" / "engine"
+    argv = [str(SCALELLM), "build", *place, "--on", host]
+    with subprocess.Popen(argv, env={**os.environ, **sleeping.environment}) as victim:
+        try:
+            _until(lambda: log.exists() and "Build TensorRT engine" in log.read_text(), 120)
+        finally:
+            victim.kill()
+    _until(lambda: not _sleepers(sleeping.folder))
+    assert workspace.read_stamp(engine) is None
+    assert not list(work.glob("**/rank*.engine"))
+    if host == "container":
+        _until(lambda: sleeping.calls("docker")[-1]["argv"][:2] == ["rm", "--force"])
+
+    done = scalellm("build", *place, **fake.environment)
+    assert done.returncode == 0, done.stderr
+    stamp = workspace.require(engine, "engine")
+    assert {"config.json", "rank0.engine", "engine.json", "build.log", "tokenizer.json"} <= set(stamp.files)
+    assert "TensorRT-LLM version: 1.2.1" in (engine / "build.log").read_text()
+
+
+def test_a_failed_scalellm_build_shows_the_cause_and_keeps_the_log_beside_the_artifacts(
+    random_llama: Callable[..., Path], scalellm: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    place = ["--recipe", str(tmp_path / "small.yaml"), "--model", str(random_llama()), "--work", str(tmp_path / "work")]
+    fake = Programs(tmp_path / "bin", "trtllm-build", "nvidia-smi")
+    fake.behave(says=["[TRT] [E] Error Code 2: OutOfMemory (no further information)"], exit=1)
+    done = scalellm("build", *place, **fake.environment)
+    assert done.returncode == 4
+    assert "Likely cause: the GPU's memory is full" in done.stderr
+    assert "https://github.com/NVIDIA/TensorRT-LLM/issues/346" in done.stderr
+    assert "Traceback" not in done.stderr
+    folder = tmp_path / "work" / "small"
+    assert "OutOfMemory" in (folder / "build-failed.log").read_text()
+    assert not (folder / "engine").exists()
+    assert not list(folder.glob("engine.partial-*"))

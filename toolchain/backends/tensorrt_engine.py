@@ -62,6 +62,8 @@ def build(order: Order) -> None:
         raise ToolError(
             f"{build_flags.PROGRAM} ended well and left no {', '.join(missing)}", hint=f"The whole log: {order.log}"
         )
+    if order.log.is_file():
+        _take(order.log, order.out)
     for file in order.source.iterdir():
         if file.is_file() and file.name not in _FROM_CHECKPOINT and file.suffix != ".safetensors":
             _take(file, order.out)

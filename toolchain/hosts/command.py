@@ -31,6 +31,10 @@ def run_name(job: EngineJob) -> str:
     return f"scalellm-{job.key[:12]}"
 
 
+IMAGE_NAME = re.compile(r"[\w][\w./:@-]*")
+"""What ``docker run`` takes for an image, without blanks and commas."""
+
+
 def read_gpus(spoken: str, whole: str) -> tuple[str, ...]:
     """``"1,3"`` -> ("1", "3"), as nvidia-smi counts them; ``whole`` is what ``--on`` said, for the message."""
     if not _GPUS.fullmatch(spoken):
@@ -66,15 +70,17 @@ def container_argv(
     gpus: Sequence[str],
     keep_id: bool,
     network: bool = False,
+    pinned: str = "",
 ) -> tuple[str, ...]:
     """``docker run`` or ``podman run`` of ``trtllm-build``, in the foreground, removed afterwards.
 
     ``checkpoint`` (read-only) and ``out`` are folders of the machine, ``user`` is ``UID:GID`` of the caller, who has no
     home inside: HOME and the working folder, where the builder leaves its timing cache, are /tmp. An image that is not
     there yet is not pulled, which would take many minutes in silence. The build needs no network and gets none, unless
-    ``network``. memlock and stack are the limits that NVIDIA's images ask for at start; podman names GPUs as CDI
-    devices, and without root maps the caller's uid only with keep-id (podman-run(1)). Docker reads ``--gpus`` as CSV,
-    so a list needs quotes of its own (https://docs.docker.com/reference/cli/docker/container/run/#gpus).
+    ``network``. ``pinned`` is another image than the release's. memlock and stack are the limits that NVIDIA's images
+    ask for at start; podman names GPUs as CDI devices, and without root maps the caller's uid only with keep-id
+    (podman-run(1)). Docker reads ``--gpus`` as CSV, so a list needs quotes of its own
+    (https://docs.docker.com/reference/cli/docker/container/run/#gpus).
     """
     argv = [
         engine,
@@ -98,7 +104,7 @@ def container_argv(
     else:
         listed = f'"device={",".join(gpus)}"' if len(gpus) > 1 else f"device={gpus[0]}"
         argv.append(f"--gpus={listed}")
-    return (*argv, image(job.release), *job.argv(CHECKPOINT, ENGINE))
+    return (*argv, pinned or image(job.release), *job.argv(CHECKPOINT, ENGINE))
 
 
 def size_of(folder: Path) -> int:

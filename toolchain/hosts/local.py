@@ -42,9 +42,9 @@ class Local:
             raise watching.failure(command.argv, code, job, log, what="trtllm-build")
 
 
-def probe(job: EngineJob, tools: str) -> machine.Machine:
-    """What this machine has; ``tools`` are the container tools to ask, ``"docker podman"``."""
-    script = ("sh", "-c", machine.PROBE, "probe", str(job.out.absolute()), image(job.release), tools)
+def probe(job: EngineJob, tools: str, pinned: str = "") -> machine.Machine:
+    """What this machine has; ``tools`` are the container tools to ask, ``"docker podman"``, for which image."""
+    script = ("sh", "-c", machine.PROBE, "probe", str(job.out.absolute()), pinned or image(job.release), tools)
     return machine.parse(runner.run(script, timeout_s=_PROBE_TIMEOUT_S, check=False).stdout)
 
 

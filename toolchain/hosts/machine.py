@@ -194,13 +194,15 @@ def same_release(found: str, wanted: str) -> bool:
     return found.partition("+")[0].partition(".post")[0] == wanted
 
 
-def without_container(machine: Machine, job: EngineJob, engine: str) -> list[str]:
-    """Why a container of the release's image does not do with ``engine``, docker or podman."""
+def without_container(machine: Machine, job: EngineJob, engine: str, pinned: str = "") -> list[str]:
+    """Why a container of the release's image, or of ``pinned``, does not do with ``engine``, docker or podman."""
     if engine not in machine.tools:
         return ["docker or podman with the NVIDIA Container Toolkit"]
     if wrong := machine.tools[engine]:
         return [f"a {engine} that answers: {wrong}"]
     if engine not in machine.images:
+        if pinned:
+            return [f"the image {pinned}, which --on names"]
         return [f"the image of TensorRT-LLM {job.release.version}: {engine} pull {image(job.release)}"]
     return []
 
