@@ -99,7 +99,8 @@ def hf_config(shape: str) -> dict[str, Any]:
 
 def plan(shape: str) -> list[Any]:
     from toolchain import family
-    from toolchain.quantizers.shards import TensorPlan, Unit, plan_shards
+    from toolchain.quantizers.shards import Unit, plan_shards
+    from toolchain.safetensors_file import TensorPlan
 
     shapes = family.expected_tensors(family.read_config(hf_config(shape), shape))
     units = [Unit(name, (TensorPlan(name, "F16", size),)) for name, size in shapes.items()]

@@ -25,9 +25,7 @@ from toolchain import family
 from toolchain.errors import ArtifactError, PlanError
 from toolchain.family import LlamaConfig
 from toolchain.quantization import weights_of
-
-DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1, "I8": 1, "I32": 4, "I64": 8, "F64": 8, "BOOL": 1}
-"""Bytes per element by safetensors dtype name (https://huggingface.co/docs/safetensors, format, 2026-11-01)."""
+from toolchain.safetensors_file import DTYPE_BYTES
 
 SIDE_FILES = (
     "generation_config.json",

@@ -102,7 +102,7 @@ class Plan:
             scales = self.recipe.quantization.scales if self.group_size else None
             return {**weights, "scales": scales, "kv": self.checkpoint_kv, **self._how()}
         if stage == "convert":
-            return {"tp": self.tp, "pp": self.pp, "kv": self.kv.name}
+            return {"tp": self.tp, "pp": self.pp, "kv": self.kv.name, "dtype": self.dtype}
         runtime = {
             "recipe": self.recipe.name,
             "backend": self.backend,

@@ -18,79 +18,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from tests.quantizers.calibrated import random_samples
+from tests.backends.trtllm_folders import (
+    MODELS,
+    SPLITS,
+    WAYS,
+    Folders,
+    changed,
+    equal_scales,
+    quantization,
+    rank,
+    refused,
+    same_numbers,
+    written,
+)
 from tests.quantizers.unified_folder import dense_of, logits_of, model_of, tensors_of
-from toolchain import workspace
 from toolchain.backends.tensorrt_llm import CODES, TensorRtLlmCheckpoint, write
 from toolchain.backends.tensorrt_llm.numbers import narrow, unpack_int4
 from toolchain.checkpoint import Checkpoint
-from toolchain.errors import ArtifactError, PlanError, ScalellmError
-from toolchain.progress import Silent
-from toolchain.stages.quantize import quantize
+from toolchain.errors import ArtifactError, PlanError
 
-MODELS: dict[str, dict[str, Any]] = {
-    "gqa": {"dtype": "bfloat16"},
-    "mha": {"num_key_value_heads": 4},
-    "tied": {"num_key_value_heads": 1, "tie_word_embeddings": True, "vocab_size": 323},
-    "biased": {"attention_bias": True},
-    "qwen2": {"architecture": "Qwen2ForCausalLM"},
-}
-WAYS: dict[str, dict[str, Any]] = {
-    "none": {"weights": "none"},
-    "fp8": {"weights": "fp8", "kv": "fp8"},
-    "int4": {"weights": "int4", "group_size": 64},
-    "awq": {"weights": "int4", "group_size": 64, "method": "awq"},
-    "int8": {"weights": "int8"},
-    "int8-sq": {"weights": "int8_sq"},
-    "w4a8": {"weights": "int4_fp8"},
-}
-SPLITS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)]
 EVERY_WAY = [("gqa", way) for way in WAYS] + [
-    (model, way) for model in MODELS if model != "gqa" for way in ("none", "fp8", "int4", "int8")
+    (model, way) for model in ("mha", "tied", "biased", "qwen2") for way in ("none", "fp8", "int4", "int8")
 ]
-Folders = Callable[..., Path]
-
-
-@pytest.fixture(scope="session")
-def unified(random_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """``unified("gqa", "awq")`` -> a model's quantized folder; all but "none" are calibrated on two short rows."""
-    made: dict[str, Path] = {}
-
-    def make(model: str, way: str, **more: Any) -> Path:
-        name = f"{model} {way} {sorted(more.items())}"
-        if name not in made:
-            source = Checkpoint.open(random_llama(**MODELS[model]))
-            words = {"group_size": 128, "scales": "modelopt", "kv": "fp16"} | WAYS[way] | more
-            words["samples"] = words.get("samples", None if way == "none" else random_samples(2, 16))
-            target = tmp_path_factory.mktemp("unified") / "made"
-            with workspace.draft(target, "quantize", {"name": name}) as draft:
-                quantize(source, draft, progress=Silent(), **words)
-                draft.commit(versions={}, recipe="")
-            made[name] = target
-        return made[name]
-
-    return make
-
-
-def written(folder: Path, out: Path, **choices: Any) -> Path:
-    write(Checkpoint.open(folder), out, **choices)
-    return out
-
-
-def rank(folder: Path, number: int) -> dict[str, torch.Tensor]:
-    return load_file(folder / f"rank{number}.safetensors")
-
-
-def same_numbers(folder: Path, unified_folder: Path) -> None:
-    """The dense float32 weights of both, bit for bit."""
-    expected = dense_of(unified_folder)
-    expected.setdefault("lm_head.weight", expected["model.embed_tokens.weight"])
-    found = dict(TensorRtLlmCheckpoint.open(folder).dense())
-    assert sorted(found) == sorted(expected)
-    for name, tensor in expected.items():
-        assert np.array_equal(found[name], tensor.numpy()), name
 
 
 @pytest.mark.parametrize(("tp", "pp"), SPLITS)
@@ -262,11 +212,6 @@ def test_plain_int4_says_that_it_has_no_pre_quant_scale(unified: Folders, tmp_pa
     assert not any("prequant" in name for name in rank(out, 0))
 
 
-def quantization(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / "config.json").read_text())["quantization"]
-    return found
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_quantization_has_only_the_keys_that_every_release_reads(unified: Folders, tmp_path: Path, way: str) -> None:
     found = quantization(written(unified("gqa", way), tmp_path / "out"))
@@ -300,22 +245,6 @@ def test_fp8_cache_scales_come_from_the_ranges_where_the_folder_has_none(unified
     (folder / "scalellm_kv_cache.json").write_text(json.dumps({"layers": ranges}))
     found = TensorRtLlmCheckpoint.open(written(folder, tmp_path / "out", kv="fp8")).kv_scales()
     assert found == [2.0, 1.0]
-
-
-def equal_scales(folder: Path, out: Path) -> Path:
-    """The folder with one weight scale for all matrices, so that it can be exported however it was quantized."""
-    return changed(folder, out, lambda name, one: torch.tensor(0.25) if name.endswith(".weight_scale") else one)
-
-
-def changed(folder: Path, out: Path, change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> Path:
-    """A copy of a folder, each tensor as ``change`` returns it, or without it."""
-    out.mkdir()
-    for file in folder.iterdir():
-        if not file.name.startswith(("model", "stamp")):
-            (out / file.name).write_bytes(file.read_bytes())
-    tensors = {name: change(name, one) for name, one in tensors_of(folder).items()}
-    save_file({name: one for name, one in tensors.items() if one is not None}, out / "model.safetensors")
-    return out
 
 
 def test_int8_weights_are_stored_as_16_bit_numbers_that_the_builder_quantizes(unified: Folders, tmp_path: Path) -> None:
@@ -403,13 +332,6 @@ def test_digests_are_those_of_the_files_and_the_tokenizer_comes_along(unified: F
     assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
 
-def refused(folder: Path, out: Path, **choices: Any) -> ScalellmError:
-    with pytest.raises(PlanError) as caught:
-        written(folder, out, **choices)
-    assert not out.exists()
-    return caught.value
-
-
 def test_separate_fp8_scales_are_refused_and_shared_ones_named(unified: Folders, tmp_path: Path) -> None:
     error = refused(unified("mha", "fp8", fp8_scales="separate"), tmp_path / "out")
     assert "model.layers.0.self_attn.q_proj" in error.message
@@ -463,10 +385,6 @@ def test_groups_that_have_no_kernel_or_do_not_fit_the_ranks_are_refused(
     error = refused(unified("mha", "int4", group_size=128), tmp_path / "out", tp=4)
     assert "attention.dense is 64 by 256 on each of 4 ranks" in error.message
     assert "smaller tp" in error.hint
-
-
-def test_a_float32_model_is_refused(random_llama: Callable[..., Path], tmp_path: Path) -> None:
-    assert "float32" in refused(random_llama(dtype="float32"), tmp_path / "out").message
 
 
 def test_a_missing_or_damaged_rank_is_named(unified: Folders, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from toolchain.checkpoint import read_header
-from toolchain.quantizers.shards import Shard, ShardWriter, TensorPlan, Unit, index_document, plan_shards
+from toolchain.quantizers.shards import Shard, ShardWriter, Unit, index_document, plan_shards
+from toolchain.safetensors_file import TensorPlan
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 

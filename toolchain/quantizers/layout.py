@@ -17,7 +17,8 @@ import toolchain
 from toolchain import family
 from toolchain.family import LlamaConfig
 from toolchain.quantization import KV, WEIGHTS
-from toolchain.quantizers.shards import TensorPlan, Unit
+from toolchain.quantizers.shards import Unit
+from toolchain.safetensors_file import TensorPlan
 
 EXCLUDED = ("lm_head", "model.embed_tokens")
 """What stays in the model's dtype besides the norms, as ModelOpt lists it."""

@@ -5,49 +5,28 @@ decoder layer, say) is finished when its bytes are fsynced and the journal holds
 restart checks the finished units against those digests and goes on behind the last good one. Hashing, writing and
 fsync run on a thread of their own. It knows nothing of quantization.
 
-Format: https://huggingface.co/docs/safetensors (2026-11): 8 bytes little-endian header length, JSON header, data
-without holes. File and index names are those of transformers' ``save_pretrained``.
+File and index names are those of transformers' ``save_pretrained``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
-from toolchain.checkpoint import DTYPE_BYTES
+from toolchain.safetensors_file import Behind, Bytes, HashedFile, TensorPlan, header
 
 INDEX = "model.safetensors.index.json"
 _PIECE = 2**20
 _JOBS_AHEAD = 2
 """Tensors that may wait for the disk; with the one in hand and the one being written they bound the memory."""
-
-Bytes = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """One tensor to be written; ``dtype`` is the safetensors name."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -71,15 +50,7 @@ class Shard:
 
     @property
     def header(self) -> bytes:
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for tensor in (tensor for unit in self.units for tensor in unit.tensors):
-            place = [offset, offset + tensor.nbytes]
-            entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": place}
-            offset += tensor.nbytes
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
+        return header((tensor for unit in self.units for tensor in unit.tensors), {"format": "pt"})
 
     @property
     def tensor_bytes(self) -> dict[str, int]:
@@ -133,8 +104,8 @@ class ShardWriter:
     ) -> None:
         self._folder = folder
         self._record = record
-        self._sink = _Sink()
-        self._ahead: deque[Future[None]] = deque()
+        self._sink = HashedFile()
+        self._behind = Behind("shards", _JOBS_AHEAD)
         self._to_come: deque[tuple[Shard, Unit]] = deque((shard, unit) for shard in shards for unit in shard.units)
         self._todo: deque[TensorPlan] = deque()
         self._left = 0
@@ -152,17 +123,15 @@ class ShardWriter:
         return [unit for _, unit in self._to_come]
 
     def __enter__(self) -> Self:
-        self._pool = ThreadPoolExecutor(1, "shards")
+        self._behind.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            while self._ahead and error is None:
-                self._ahead.popleft().result()
+            self._behind.__exit__(kind, error, trace)
         finally:
-            self._pool.shutdown()  # what waits is finished work, and after a failure it does nothing
             self._sink.close()
 
     def put(self, name: str, data: Bytes) -> None:
@@ -174,7 +143,7 @@ class ShardWriter:
             self._begin_unit()
         if self._todo[0].name != name or data.nbytes > self._left:
             raise ValueError(f"{name}: {data.nbytes} bytes, where the plan has {self._left} of {self._todo[0].name}")
-        self._submit(lambda: self._sink.write(data))
+        self._behind.submit(lambda: self._sink.write(data))
         self._left -= data.nbytes
         if not self._left:
             self._todo.popleft()
@@ -191,19 +160,14 @@ class ShardWriter:
             self._record({"unit": unit.name, "file": shard.file, "end": end, "sha256": digest, **extra})
             self.hashes[shard.file] = digest
 
-        self._submit(seal)
+        self._behind.submit(seal)
 
     def _begin_unit(self) -> None:
         shard, unit = self._to_come[0]
         self._todo.extend(unit.tensors)
         self._left = unit.tensors[0].nbytes
         if unit is shard.units[0]:
-            self._submit(lambda: self._sink.start(self._folder / shard.file, shard.header))
-
-    def _submit(self, job: Callable[[], None]) -> None:
-        self._ahead.append(self._pool.submit(self._sink.guarded, job))
-        while len(self._ahead) > _JOBS_AHEAD:
-            self._ahead.popleft().result()
+            self._behind.submit(lambda: self._sink.start(self._folder / shard.file, shard.header))
 
     def _continue(self, shard: Shard, entries: Mapping[str, Mapping[str, Any]], advance: Callable[[int], None]) -> int:
         """Take over the units of one file whose bytes agree with the journal, up to the first that do not; how many?"""
@@ -229,62 +193,6 @@ class ShardWriter:
         if 0 < count < len(shard.units):
             self._sink.go_on(path, digest, end)
         return count
-
-
-class _Sink:
-    """The file being written, with the digest of all that it holds. After one failure it takes nothing more."""
-
-    def __init__(self) -> None:
-        self._file: FileIO | None = None
-        self._digest = hashlib.sha256()
-        self._end = 0
-        self._broken = False
-
-    def guarded(self, job: Callable[[], None]) -> None:
-        if self._broken:
-            return
-        try:
-            job()
-        except OSError as error:
-            self._broken = True
-            error.filename = error.filename or (self._file and self._file.name)
-            raise
-        except BaseException:
-            self._broken = True
-            raise
-
-    def start(self, path: Path, header: bytes) -> None:
-        self.close()
-        self._file, self._digest, self._end = FileIO(path, "w"), hashlib.sha256(), 0
-        self.write(np.frombuffer(header, np.uint8))
-
-    def go_on(self, path: Path, digest: hashlib._Hash, end: int) -> None:
-        self.close()
-        self._file, self._digest, self._end = FileIO(path, "r+"), digest, end
-        self._file.truncate(end)
-        self._file.seek(end)
-
-    def write(self, data: Bytes) -> None:
-        assert self._file is not None
-        view = memoryview(data)  # type: ignore[arg-type]  # numpy's stubs of 1.26 know no Buffer
-        start = 0
-        while start < len(view):
-            piece = view[start : start + _PIECE]
-            written = self._file.write(piece)  # may be less than all, just before the disk is full
-            self._digest.update(piece[:written])
-            start += written
-        self._end += len(view)
-
-    def sync(self) -> tuple[int, str]:
-        """-> (length, sha256) of the file so far, once it is on the disk."""
-        assert self._file is not None
-        os.fsync(self._file.fileno())
-        return self._end, self._digest.hexdigest()
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
 
 def _pieces(nbytes: int) -> Iterator[int]:

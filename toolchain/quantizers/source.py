@@ -10,7 +10,7 @@ import torch
 
 from toolchain.checkpoint import Checkpoint
 from toolchain.errors import ArtifactError
-from toolchain.quantizers.shards import Bytes
+from toolchain.safetensors_file import Bytes
 
 DTYPES = {
     "F16": torch.float16,

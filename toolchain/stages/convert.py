@@ -1,4 +1,4 @@
-"""Write the TensorRT-LLM checkpoint that ``trtllm-build`` takes, from the quantized one. Rounds nothing again."""
+"""Write the TensorRT-LLM checkpoint that ``trtllm-build`` takes, from the quantized one. Quantizes nothing again."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ def inputs(plan: Plan, checkpoint_key: str) -> dict[str, Any]:
 
 
 def convert(plan: Plan, checkpoint: Checkpoint, draft: Draft, *, progress: Progress) -> None:
-    """Write ``config.json`` and a file for each of tp x pp ranks into ``draft``.
+    """Write ``config.json`` and a file for each of tp x pp ranks into ``draft``; what is not quantized in plan.dtype.
 
-    Raises PlanError with every reason why this checkpoint cannot be written so, ArtifactError for too little room.
+    Raises PlanError with every reason why this checkpoint cannot be written so, ArtifactError for too little room and
+    for a number that the dtype does not reach.
     """
-    hashes = tensorrt_llm.write(checkpoint, draft.path, tp=plan.tp, pp=plan.pp, kv=plan.kv.name, progress=progress)
+    hashes = tensorrt_llm.write(
+        checkpoint, draft.path, tp=plan.tp, pp=plan.pp, kv=plan.kv.name, dtype=plan.dtype, progress=progress
+    )
     for file, digest in hashes.items():
         draft.known_hash(file, digest)

@@ -23,7 +23,7 @@ def config_document(export: Export) -> dict[str, Any]:
     return {
         "producer": {"name": "scalellm", "version": toolchain.__version__},
         "architecture": config.architecture,
-        "dtype": config.dtype,
+        "dtype": export.dtype_name,
         "logits_dtype": "float32",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,

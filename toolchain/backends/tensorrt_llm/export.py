@@ -18,7 +18,8 @@ from toolchain.quantization import WEIGHTS, WeightScheme, weights_of
 RESTORED, CODES = "restored", "codes"
 INT8_FORMS = (RESTORED, CODES)
 
-MODEL_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
+DTYPES = {"float16": "F16", "bfloat16": "BF16"}
+DTYPE_NAMES = {short: name for name, short in DTYPES.items()}
 
 _LARGEST_INT8, _LARGEST_E4M3 = np.float32(127), np.float32(448)
 
@@ -38,6 +39,8 @@ class Export:
     (models/convert_utils.py ``weight_only_quantize_dict``). ``"codes"``: int8 and a scale for each row, as ModelOpt
     0.47.0 exports W8A16; the loader that we read takes int8 weights for permuted ones and misses ``per_channel_scale``.
     """
+    asked_dtype: str | None = None
+    """What the engine computes in, a key of ``DTYPES``; None: the model's own."""
 
     @property
     def algo(self) -> str | None:
@@ -54,9 +57,14 @@ class Export:
         return (quantization.group_size if quantization else None) or 128
 
     @property
+    def dtype_name(self) -> str:
+        """The engine's dtype, of embeddings, norms, heads, biases, prequant factors and weights of 16 bits."""
+        return self.asked_dtype or self.checkpoint.config.dtype
+
+    @property
     def dtype(self) -> str:
-        """The model's dtype as safetensors calls it; empty where TensorRT-LLM gets none from us."""
-        return MODEL_DTYPES.get(self.checkpoint.config.dtype, "")
+        """The same as safetensors calls it; empty where TensorRT-LLM gets none from us."""
+        return DTYPES.get(self.dtype_name, "")
 
     @property
     def restores_int8(self) -> bool:

@@ -7,11 +7,15 @@ import functools
 import numpy as np
 import numpy.typing as npt
 
-Bytes = npt.NDArray[np.uint8]
+from toolchain.safetensors_file import Bytes
+
 Floats = npt.NDArray[np.float32]
 
 ONES = {"F16": 0x3C00, "BF16": 0x3F80}
 """The bits of 1.0, by safetensors dtype."""
+
+LARGEST = {"F16": 65504.0, "BF16": float.fromhex("0x1.fep127")}
+"""The largest number of a dtype (IEEE 754 binary16; bfloat16 is the upper half of binary32)."""
 
 
 def floats(data: Bytes, dtype: str) -> Floats:

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from toolchain.backends.tensorrt_llm.numbers import Bytes, Floats, floats, unpack_int4
+from toolchain.backends.tensorrt_llm.numbers import Floats, floats, unpack_int4
 from toolchain.backends.tensorrt_llm.split import MODULES, NORMS, ROW_PARALLEL, Split
 from toolchain.checkpoint import TensorInfo, read_header, read_json
 from toolchain.errors import ArtifactError
+from toolchain.safetensors_file import Bytes
 
 _AGAIN = "Write the TensorRT-LLM checkpoint again."
 

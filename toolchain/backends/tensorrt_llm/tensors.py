@@ -12,13 +12,12 @@ out and in those of the rank:
     W4A16_AWQ             I8 [out/2, in]             F32 [out, in/group]      prequant_scaling_factor, or none at all
     W4A8_AWQ              I8 [out/2, in]             F32 [out, in/group]      both, weights_scaling_factor_2 F32 [1]
 
-``prequant_scaling_factor`` [in] has the model's dtype and multiplies the input. Scales multiply codes; none is a
+``prequant_scaling_factor`` [in] has the engine's dtype and multiplies the input. Scales multiply codes; none is a
 reciprocal. int4 keeps its bytes: two output rows in a byte, the even one in the low nibble, two's complement.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,18 +26,19 @@ import numpy as np
 from toolchain.backends.tensorrt_llm.export import Export
 from toolchain.backends.tensorrt_llm.numbers import ONES
 from toolchain.backends.tensorrt_llm.split import MODULES, NORMS, ROW_PARALLEL
-from toolchain.checkpoint import DTYPE_BYTES
 from toolchain.family import linear_name, linear_shape
+from toolchain.safetensors_file import DTYPE_BYTES, TensorPlan
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Bytes of the checkpoint as they are: [start, stop) of a tensor along ``axis``, 0 or 1."""
+    """[start, stop) of a tensor along ``axis``, 0 or 1: its bytes as they are, or its numbers cast to ``dtype``."""
 
     source: str
     axis: int
     start: int
     stop: int
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,10 @@ Part = Slice | Restored | Constant
 
 
 @dataclass(frozen=True)
-class Tensor:
+class Tensor(TensorPlan):
     """One tensor to be written: its parts one behind the other, joined along axis 0."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
     parts: tuple[Part, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 def rank_tensors(export: Export, stage: int, tp_rank: int) -> list[Tensor]:
@@ -100,8 +93,8 @@ def rank_tensors(export: Export, stage: int, tp_rank: int) -> list[Tensor]:
 
 
 def _whole(export: Export, name: str, source: str) -> Tensor:
-    info = export.checkpoint.tensors[source]
-    return Tensor(name, info.dtype, info.shape, (Slice(source, 0, 0, info.shape[0]),))
+    shape = export.checkpoint.tensors[source].shape
+    return Tensor(name, export.dtype, shape, (Slice(source, 0, 0, shape[0], export.dtype),))
 
 
 def _scalar(name: str, value: np.float32) -> Tensor:
@@ -112,13 +105,12 @@ def _head(export: Export, tp_rank: int) -> Tensor:
     """``lm_head``; a tied one is the embedding again, since TensorRT-LLM shares the two by itself where it can."""
     tied = export.checkpoint.config.tied_embeddings
     source = "model.embed_tokens.weight" if tied else "lm_head.weight"
-    info = export.checkpoint.tensors[source]
+    width = export.checkpoint.tensors[source].shape[1]
     start, stop, padding = export.split.vocabulary(export.checkpoint.config, tp_rank)
-    width = info.shape[1]
-    parts: list[Part] = [Slice(source, 0, start, stop)]
+    parts: list[Part] = [Slice(source, 0, start, stop, export.dtype)]
     if padding:
-        parts.append(Constant(bytes(width * DTYPE_BYTES[info.dtype]), padding))
-    return Tensor("lm_head.weight", info.dtype, (stop - start + padding, width), tuple(parts))
+        parts.append(Constant(bytes(width * DTYPE_BYTES[export.dtype]), padding))
+    return Tensor("lm_head.weight", export.dtype, (stop - start + padding, width), tuple(parts))
 
 
 @dataclass(frozen=True)
@@ -169,8 +161,9 @@ class _Matrix:
             )
             return Tensor(f"{self.name}.weight", dtype, self._joined("weight", parts), parts)
         packed = bool(self.export.scheme.group_sizes)
-        sliced = self._slices("weight", self._axis, divide=2 if packed and self._axis == 0 else 1)
-        dtype = "I8" if packed else self._dtype("weight")
+        kept = "" if self.export.algo else self.export.dtype
+        sliced = self._slices("weight", self._axis, divide=2 if packed and self._axis == 0 else 1, dtype=kept)
+        dtype = "I8" if packed else kept or self._stored("weight")
         return Tensor(f"{self.name}.weight", dtype, self._joined("weight", sliced), sliced)
 
     def _scales(self) -> Tensor:
@@ -183,8 +176,9 @@ class _Matrix:
         return Tensor(f"{self.name}.weights_scaling_factor", "F32", self._joined("weight_scale", parts), parts)
 
     def _bias(self) -> Tensor:
-        parts = self._all("bias") if self._axis else self._slices("bias", 0)
-        return Tensor(f"{self.name}.bias", self._dtype("bias"), self._joined("bias", parts), parts)
+        dtype = self.export.dtype
+        parts = self._all("bias", dtype) if self._axis else self._slices("bias", 0, dtype=dtype)
+        return Tensor(f"{self.name}.bias", dtype, self._joined("bias", parts), parts)
 
     def _prequant(self) -> Tensor:
         """The one vector that all parts share; ones where the norm before them has the scales."""
@@ -192,7 +186,7 @@ class _Matrix:
         if self._axis:
             start, stop = self._spans[0]
         source = f"{self._linears[0]}.pre_quant_scale"
-        part: Part = Slice(source, 0, start, stop)
+        part: Part = Slice(source, 0, start, stop, self.export.dtype)
         if source not in self.export.checkpoint.tensors:
             part = Constant(ONES[self.export.dtype].to_bytes(2, "little"), stop - start)
         return Tensor(f"{self.name}.prequant_scaling_factor", self.export.dtype, (stop - start,), (part,))
@@ -200,18 +194,18 @@ class _Matrix:
     def _largest(self, name: str, suffix: str) -> Tensor:
         return _scalar(f"{self.name}.{name}", self.export.scalar(f"{linear}.{suffix}" for linear in self._linears))
 
-    def _dtype(self, suffix: str) -> str:
+    def _stored(self, suffix: str) -> str:
         return self.export.checkpoint.tensors[f"{self._linears[0]}.{suffix}"].dtype
 
-    def _slices(self, suffix: str, axis: int, divide: int = 1) -> tuple[Slice, ...]:
+    def _slices(self, suffix: str, axis: int, divide: int = 1, dtype: str = "") -> tuple[Slice, ...]:
         return tuple(
-            Slice(f"{linear}.{suffix}", axis, start // divide, stop // divide)
+            Slice(f"{linear}.{suffix}", axis, start // divide, stop // divide, dtype)
             for linear, (start, stop) in zip(self._linears, self._spans, strict=True)
         )
 
-    def _all(self, suffix: str) -> tuple[Slice, ...]:
+    def _all(self, suffix: str, dtype: str = "") -> tuple[Slice, ...]:
         names = [f"{linear}.{suffix}" for linear in self._linears]
-        return tuple(Slice(name, 0, 0, self.export.checkpoint.tensors[name].shape[0]) for name in names)
+        return tuple(Slice(name, 0, 0, self.export.checkpoint.tensors[name].shape[0], dtype) for name in names)
 
     def _joined(self, suffix: str, parts: tuple[Slice, ...] | tuple[Restored, ...]) -> tuple[int, ...]:
         """The shape of some slices, joined along axis 0."""

@@ -1,4 +1,4 @@
-"""A checkpoint in the unified layout -> a TensorRT-LLM checkpoint, without rounding anything a second time.
+"""A checkpoint in the unified layout -> a TensorRT-LLM checkpoint, without quantizing anything a second time.
 
 Each tensor of the source is read once, through the mapped files, and goes in pieces to all ranks of its pipeline stage;
 each file is written front to back with its header first. So memory is bounded by the pages of one tensor and the pieces
@@ -7,31 +7,35 @@ in hand. ``config.json`` comes last: a folder without it is no checkpoint.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
 from toolchain import workspace
 from toolchain.backends.tensorrt_llm.checks import check
 from toolchain.backends.tensorrt_llm.document import config_document
-from toolchain.backends.tensorrt_llm.export import RESTORED, Export
-from toolchain.backends.tensorrt_llm.numbers import Bytes, narrow
+from toolchain.backends.tensorrt_llm.export import DTYPE_NAMES, RESTORED, Export
+from toolchain.backends.tensorrt_llm.numbers import LARGEST, Floats, floats, narrow
 from toolchain.backends.tensorrt_llm.split import Split
 from toolchain.backends.tensorrt_llm.tensors import Constant, Part, Restored, Slice, Tensor, rank_tensors
-from toolchain.checkpoint import DTYPE_BYTES, Checkpoint
+from toolchain.checkpoint import Checkpoint
 from toolchain.errors import ArtifactError
 from toolchain.progress import Progress, Silent
+from toolchain.safetensors_file import DTYPE_BYTES, Behind, Bytes, HashedFile, header
 from toolchain.units import format_bytes
 
 _PIECE_BYTES = 4 * 2**20
+_PIECES_AHEAD = 4
+"""Pieces of each rank's file that may wait for the disk; with the one in hand they bound the memory."""
 _ROOM_BYTES = 2**20  # headers and config.json
 
 
@@ -42,17 +46,20 @@ def write(
     tp: int = 1,
     pp: int = 1,
     kv: str = "fp16",
+    dtype: str | None = None,
     int8_form: str = RESTORED,
     progress: Progress | None = None,
 ) -> dict[str, str]:
     """Fill the folder ``out``, a draft's, with ``config.json``, ``rank{N}.safetensors`` for tp x pp ranks, and the
     tokenizer's files. -> file -> sha256 of the ranks' files.
 
-    ``kv``: "fp16" for the model's own dtype, "int8" (from the ranges that calibration left) or "fp8". ``int8_form``:
-    see ``export.Export``. Raises PlanError with every reason why the checkpoint cannot be exported so, ArtifactError
-    for too little room; an OSError of the disk is left to ``workspace.draft``.
+    ``kv``: "fp16" for the engine's dtype, "int8" (from the ranges that calibration left) or "fp8". ``dtype``: float16
+    or bfloat16, what the engine computes in, and all that is not quantized is cast to; None: the model's own.
+    ``int8_form``: see ``export.Export``. Raises PlanError with every reason why the checkpoint cannot be exported so,
+    ArtifactError for too little room or a number that the dtype does not reach; an OSError of the disk is left to
+    ``workspace.draft``.
     """
-    export = Export(checkpoint, Split(tp, pp), kv, int8_form)
+    export = Export(checkpoint, Split(tp, pp), kv, int8_form, dtype)
     check(export)
     stages = [[rank_tensors(export, stage, rank) for rank in range(tp)] for stage in range(pp)]
     total = sum(tensor.nbytes for stage in stages for rank in stage for tensor in rank)
@@ -87,62 +94,86 @@ def _check_room(out: Path, needed: int) -> None:
 
 
 class _RankFile:
-    """A rank's file, fsynced when it is left. Format: https://huggingface.co/docs/safetensors (2026-11)."""
+    """A rank's file: it is hashed and written on a thread of its own, and fsynced when it is left without an error."""
 
     def __init__(self, path: Path, tensors: Sequence[Tensor]) -> None:
-        self._stream = path.open("wb")
-        self._digest = hashlib.sha256()
-        self._put(np.frombuffer(_header(tensors), np.uint8))
-
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
+        self._path, self._header = path, header(tensors)
+        self._file, self._behind = HashedFile(), Behind(path.name, _PIECES_AHEAD)
+        self.sha256 = ""
+        """Of the whole file, once it is left."""
 
     def write(self, tensor: Tensor, checkpoint: Checkpoint) -> None:
         """The next tensor, in the header's order."""
-        written = sum(self._put(piece) for part in tensor.parts for piece in _pieces(part, checkpoint))
+        written = 0
+        for part in tensor.parts:
+            for piece in _pieces(part, checkpoint):
+                self._behind.submit(partial(self._file.write, piece))
+                written += piece.nbytes
         assert written == tensor.nbytes, f"{tensor.name}: {written} bytes, where its header says {tensor.nbytes}"
 
-    def _put(self, data: Bytes) -> int:
-        view = memoryview(data)  # type: ignore[arg-type]  # numpy's stubs of 1.26 know no Buffer
-        self._digest.update(view)
-        self._stream.write(view)
-        return data.nbytes
-
     def __enter__(self) -> Self:
+        self._behind.__enter__()
+        self._behind.submit(lambda: self._file.start(self._path, self._header))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._stream as stream:
-            stream.flush()
-            os.fsync(stream.fileno())
+        try:
+            if error is None:
+                self._behind.submit(self._seal)
+            self._behind.__exit__(kind, error, trace)
+        finally:
+            self._file.close()
 
-
-def _header(tensors: Sequence[Tensor]) -> bytes:
-    entries: dict[str, Any] = {}
-    offset = 0
-    for tensor in tensors:
-        place = [offset, offset + tensor.nbytes]
-        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": place}
-        offset += tensor.nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    def _seal(self) -> None:
+        _, self.sha256 = self._file.sync()
 
 
 def _pieces(part: Part, checkpoint: Checkpoint) -> Iterator[Bytes]:
-    """The bytes of a part, flat, in pieces of bounded size."""
+    """The bytes of a part in its own dtype, flat, in pieces of bounded size."""
     if isinstance(part, Constant):
         yield np.frombuffer(part.data * part.count, np.uint8)
         return
+    if isinstance(part, Slice) and part.dtype in ("", checkpoint.tensors[part.source].dtype):
+        for block, _ in _blocks(part, checkpoint):
+            yield np.ascontiguousarray(block).reshape(-1)
+        return
+    for numbers in _numbers(part, checkpoint):
+        if not _largest(numbers) <= LARGEST[part.dtype]:
+            raise _beyond(part, checkpoint)
+        yield narrow(numbers, part.dtype)
+
+
+def _numbers(part: Slice | Restored, checkpoint: Checkpoint) -> Iterator[Floats]:
+    """What a part holds, as float32."""
+    stored = checkpoint.tensors[part.source].dtype
     for block, row in _blocks(part, checkpoint):
+        flat = np.ascontiguousarray(block).reshape(-1)
         if isinstance(part, Restored):
             scales = checkpoint.bytes_of(part.scale).view("<f4")[row : row + len(block)]
-            yield narrow(block.view(np.int8) * scales[:, None], part.dtype)
+            yield flat.view(np.int8).reshape(len(block), -1) * scales[:, None]
         else:
-            yield np.ascontiguousarray(block).reshape(-1)
+            yield floats(flat, stored)
+
+
+def _largest(numbers: Floats) -> float:
+    """The largest magnitude; NaN where there is one."""
+    return float(np.abs(numbers).max(initial=0))
+
+
+def _beyond(part: Slice | Restored, checkpoint: Checkpoint) -> ArtifactError:
+    """The error for numbers that the part's dtype does not reach: it would make infinities of them."""
+    info, dtype = checkpoint.tensors[part.source], DTYPE_NAMES[part.dtype]
+    whole = replace(part, axis=0, start=0, stop=info.shape[0])
+    largest = max(_largest(numbers) for numbers in _numbers(whole, checkpoint))
+    if math.isfinite(largest):
+        hint = "Such a model needs bfloat16: store it so, and take a GPU that has it (SM 8.0 and newer)."
+    else:
+        hint = "Is the model damaged? Download or make it again."
+    return ArtifactError(
+        f"{info.file}: {part.source} goes up to {largest:g}, and {dtype} ends at {LARGEST[part.dtype]:g}", hint=hint
+    )
 
 
 def _blocks(part: Slice | Restored, checkpoint: Checkpoint) -> Iterator[tuple[Bytes, int]]:

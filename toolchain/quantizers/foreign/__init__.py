@@ -20,7 +20,8 @@ from toolchain.errors import ArtifactError, PlanError
 from toolchain.family import LlamaConfig
 from toolchain.quantizers.foreign.folder import START_ANEW
 from toolchain.quantizers.layout import HF_QUANT_CONFIG, Scheme
-from toolchain.quantizers.shards import Bytes, TensorPlan, Unit
+from toolchain.quantizers.shards import Unit
+from toolchain.safetensors_file import Bytes, TensorPlan
 
 VERSION = "1"
 """Raised when the same foreign model would become other bits."""

@@ -17,7 +17,8 @@ from toolchain.checkpoint import Checkpoint, TensorInfo
 from toolchain.errors import ArtifactError, PlanError
 from toolchain.quantizers import layout
 from toolchain.quantizers.layout import Scheme
-from toolchain.quantizers.shards import Bytes, TensorPlan, Unit
+from toolchain.quantizers.shards import Unit
+from toolchain.safetensors_file import Bytes, TensorPlan
 
 FLOATS = ("F16", "BF16", "F32")
 START_ANEW = "Start from the unquantized model: scalellm quantize --recipe RECIPE --model DIR"

@@ -27,7 +27,8 @@ from toolchain.quantizers import layout
 from toolchain.quantizers.foreign import gguf_metadata as metadata
 from toolchain.quantizers.foreign.folder import DAMAGED, plain_units
 from toolchain.quantizers.layout import Scheme
-from toolchain.quantizers.shards import Bytes, TensorPlan, Unit
+from toolchain.quantizers.shards import Unit
+from toolchain.safetensors_file import Bytes, TensorPlan
 
 NAME, GROUP = "gguf", 32
 _ANOTHER_FILE = "Take the model's Q4_0, Q8_0, F16 or BF16 file, or its unquantized folder."

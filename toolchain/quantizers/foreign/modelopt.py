@@ -20,7 +20,7 @@ from toolchain.errors import PlanError
 from toolchain.quantization import weights_of
 from toolchain.quantizers.foreign.folder import FLOATS, KEPT_GROUPS, START_ANEW, Folder
 from toolchain.quantizers.layout import HF_QUANT_CONFIG, Scheme
-from toolchain.quantizers.shards import Bytes, TensorPlan
+from toolchain.safetensors_file import Bytes, TensorPlan
 
 NAME = "modelopt"
 _SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k_scale", "v_scale")

@@ -22,7 +22,8 @@ from toolchain.checkpoint import SIDE_FILES, read_json, sample_into
 from toolchain.errors import ArtifactError, PlanError
 from toolchain.quantizers.foreign.folder import DAMAGED, all_finite, plain_units
 from toolchain.quantizers.layout import Scheme
-from toolchain.quantizers.shards import Bytes, TensorPlan, Unit
+from toolchain.quantizers.shards import Unit
+from toolchain.safetensors_file import Bytes, TensorPlan
 
 if TYPE_CHECKING:
     import torch
