@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from toolchain import workspace
 from toolchain.device import Device
 from toolchain.engine import Limits
 from toolchain.errors import PlanError
 from toolchain.family import LINEARS, LlamaConfig, linear_shape
 from toolchain.quantization import KV, METHODS, WEIGHTS, KvScheme, WeightScheme
 from toolchain.recipe import Recipe
-from toolchain.release import Release, backends, newest_release, pinned_release
+from toolchain.release import Release, backends, newest_release, pinned_release, within
 
 MAX_NUM_TOKENS = 8192
 """Default of ``trtllm-build --max_num_tokens`` since 0.11 (TensorRT-LLM tensorrt_llm/commands/build.py @0.12)."""
@@ -149,6 +150,21 @@ def choose_release(
         "container", release.container, f"ships TensorRT-LLM {release.version}; driver {release.driver} or newer"
     )
     return release
+
+
+def check_llmapi(
+    recipe: Recipe, config: LlamaConfig, weights: WeightScheme, release: Release | None, backend: str, notes: Notes
+) -> None:
+    """What the loader of TensorRT-LLM's PyTorch runtime cannot take, beyond formats (``facts/llmapi.yaml``)."""
+    if backend != "tensorrt_llmapi" or release is None:
+        return
+    since = workspace.facts("llmapi")["loader"]["W4A16_AWQ"]["tensor_parallel"]
+    if weights.name == "int4" and recipe.parallel.tp > 1 and not within(release.version, since):
+        reason = f"tensorrt_llm {release.version}: it does not split the scales of int4 weights over tp"
+        notes.refuse(f"{reason} ({since['source']})", f"Use tensorrt_llm: {since['from']} or newer, or leave it out")
+    if weights.name == "int4_fp8" and config.dtype == "float32":
+        reason = "int4_fp8 weights: the runtime wants the scales of a 16-bit model, and this model is float32"
+        notes.refuse(reason, "Use weights: fp8 or int4")
 
 
 def choose_calibration(

@@ -172,6 +172,7 @@ def make_plan(
     weights, kv = WEIGHTS[recipe.quantization.weights], KV[recipe.kv_cache.dtype]
     rules.check_formats(weights, kv, target, backend, notes)
     release = rules.choose_release(recipe, weights, kv, target, backend, notes)
+    rules.check_llmapi(recipe, config, weights, release, backend, notes)
     group_size = recipe.quantization.group_size if weights.group_sizes else None
     dtype = rules.choose_dtype(recipe, config, target, notes)
     fused = rules.fused_attention(target)

@@ -174,6 +174,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:12] + "..."
 
 
+_REFUSES_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES}
+
+
 class Draft:
     """An artifact in the making: a locked partial folder, with a journal of what is already done in it."""
 
@@ -301,6 +304,16 @@ def _locked(target: Path) -> Iterator[None]:
         stream.write(str(os.getpid()))
         stream.flush()
         yield
+
+
+def link(source: Path, target: Path) -> None:
+    """A hard link, or a copy where the file system refuses one."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _REFUSES_LINKS:
+            raise
+        shutil.copyfile(source, target)
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -10,9 +10,7 @@ repository costs no second copy of the weights. It does not start anything.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,8 +51,10 @@ _OF_OUR_ENGINES = (
     "tensors.py",
     "words.py",
 )
-_SHARED_WITH_ENGINE = {"openvino": _OF_OUR_ENGINES}
+_SHARED_WITH_ENGINE = {"openvino": _OF_OUR_ENGINES, "tensorrt_llmapi": _OF_OUR_ENGINES}
 """The same for ``tensorrt_llm`` of each backend that has a private line to ``tensorrt_llm_bls``."""
+_BESIDE_THE_MODEL = {"tensorrt_llmapi": ("model.yaml",)}
+"""Files of a backend's engine that stand in the version folder of ``tensorrt_llm``, too."""
 _WITH_TOKENIZER = ("preprocessing", "postprocessing", "tensorrt_llm_bls")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -64,7 +64,6 @@ _TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-_REFUSES_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES}
 
 
 def inputs(plan: Plan, engine_key: str) -> dict[str, Any]:
@@ -193,7 +192,9 @@ def _place_tokenizer(engine: Engine, out: Path) -> dict[str, str]:
 
 
 def _place_engine(engine: Engine, out: Path) -> dict[str, str]:
-    return _place(engine, list(engine.stamp.files), out, Path(ENGINE_MODEL) / "1" / "engine")
+    version = Path(ENGINE_MODEL) / "1"
+    beside = _place(engine, list(_BESIDE_THE_MODEL.get(engine.passport.backend, ())), out, version)
+    return beside | _place(engine, list(engine.stamp.files), out, version / "engine")
 
 
 def _place(engine: Engine, names: list[str], out: Path, folder: Path) -> dict[str, str]:
@@ -202,18 +203,8 @@ def _place(engine: Engine, names: list[str], out: Path, folder: Path) -> dict[st
         target = out / folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
-        _link(engine.path / name, target)
+        workspace.link(engine.path / name, target)
     return {(folder / name).as_posix(): engine.stamp.files[name].sha256 for name in names}
-
-
-def _link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the file system refuses one."""
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in _REFUSES_LINKS:
-            raise
-        shutil.copyfile(source, target)
 
 
 def _files(folder: Path) -> list[Path]:
