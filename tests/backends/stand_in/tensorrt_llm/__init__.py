@@ -196,7 +196,7 @@ class LLM:
         folder = Path(self.args.model)
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder} is no model")
-        vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+        vocabulary = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
         self._letters = [vocabulary[letter] for letter in "abcdefghijklmnopqrstuvwxyz"]
         self.broken = False
         note({"call": "LLM", "arguments": arguments})
