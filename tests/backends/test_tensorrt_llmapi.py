@@ -407,7 +407,7 @@ def _sglang_accepts(config: dict[str, Any]) -> bool:
 def test_other_servers_are_named_where_their_rules_accept_the_folder(made: Callable[..., Job], text: str) -> None:
     job = made(text)
     config = json.loads((job.folder / "engine" / "config.json").read_text())
-    named = {title for title, _argv, _source in others(job.plan)}
+    named = {title for title, _argv, _source in others(job.plan, "engine")}
     assert ("vLLM" in named) == _vllm_accepts(config)
     assert ("SGLang" in named) == _sglang_accepts(config)
     if text == FP8:
@@ -418,8 +418,8 @@ def test_other_servers_are_named_where_their_rules_accept_the_folder(made: Calla
 
 def test_other_servers_are_not_named_where_scales_of_the_inputs_are_missing() -> None:
     plan = plan_13b(FP8)
-    assert others(plan)
-    assert not others(plan, static_inputs=False)
+    assert others(plan, "engine")
+    assert not others(plan, "engine", static_inputs=False)
 
 
 def test_the_engine_can_be_read_as_a_checkpoint_again(made: Callable[..., Job]) -> None:

@@ -75,10 +75,50 @@ def test_a_driver_that_was_taken_over_from_a_neighbor_is_told_as_such() -> None:
     assert "not confirmed to" not in "\n".join(lane(ENGINE + "\ntensorrt_llm: 1.2.1").notes)
 
 
-def test_llmapi_has_no_build_command_and_says_why() -> None:
-    steps = lane("backend: tensorrt_llmapi\n" + ENGINE).steps
-    assert [bool(step.argv) for step in steps] == [True, False]
-    assert "there is no foreign command" in steps[1].says
+LLMAPI = "backend: tensorrt_llmapi\n"
+
+
+def test_llmapi_is_quantized_linked_and_served_by_triton_or_without_it() -> None:
+    steps = lane(LLMAPI + ENGINE, model="/models/llama").steps
+    assert [step.name for step in steps] == [
+        "quantize", "build", "serve", "trtllm-serve", "trtllm-serve", "serve", "serve",
+    ]  # fmt: skip
+    assert steps[1].argv == ("scalellm", "build", "--recipe", "mine.yaml", "--model", "/models/llama", "--work", "work")
+    assert steps[2].argv == ("scalellm", "serve", "--recipe", "mine.yaml", "--work", "work", "--server", "container")
+
+
+@pytest.mark.parametrize("release", ["1.0.0", "1.1.0", "1.2.1"])
+def test_trtllm_serve_gets_the_plans_numbers_and_the_file_with_the_rest(release: str) -> None:
+    text = f"{LLMAPI}{ENGINE}\nparallel: {{tp: 2}}\ntensorrt_llm: {release}"
+    argv = next(step.argv for step in lane(text).steps if step.argv[:1] == ("trtllm-serve",))
+    told = dict(zip(argv[2::2], argv[3::2], strict=True))
+    assert argv[1] == "work/mine/engine"
+    assert told["--extra_llm_api_options"] == "work/mine/engine/trtllm-serve.yaml"
+    assert (told["--tp_size"], told["--max_batch_size"], told["--backend"]) == ("2", "4", "pytorch")
+    limits = plan_of(text).limits
+    assert (told["--max_seq_len"], told["--max_num_tokens"]) == (str(limits.max_seq_len), str(limits.max_num_tokens))
+
+
+def test_the_container_sees_the_engine_where_the_command_names_it() -> None:
+    argv = next(step.argv for step in lane(LLMAPI + ENGINE).steps if step.argv[:1] == ("docker",))
+    image = argv.index("nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3")
+    engine = argv[image + 2]
+    assert engine == str(Path("work/mine/engine").absolute())
+    assert f"--volume={engine}:{engine}:ro" in argv[:image]
+    assert argv[image + 1] == "trtllm-serve"
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        (ENGINE, {"vLLM", "SGLang"}),
+        ("device: l4\nquantization: {weights: int4}", set()),
+        ("device: h100\nquantization: {weights: int4_fp8}\nkv_cache: {dtype: fp8}", set()),
+    ],
+)
+def test_other_servers_are_named_for_the_formats_that_they_load_only(text: str, names: set[str]) -> None:
+    says = [step.says for step in lane(LLMAPI + text).steps]
+    assert {name for name in ("vLLM", "SGLang") if any(name in one for one in says)} == names
 
 
 def test_openvino_has_no_foreign_command() -> None:

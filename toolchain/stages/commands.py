@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolchain import build_flags
+from toolchain.backends.tensorrt_llmapi import settings
 from toolchain.plan import Plan
+from toolchain.repository import IMAGES
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ def commands(plan: Plan, spoken: str, model: str | None, work: Path) -> Lane:
 
     Raises PlanError where ``trtllm-build`` would not build what the plan says.
     """
+    home = ("--recipe", spoken, "--work", str(work))
     place = ("--recipe", spoken, *(("--model", model) if model else ()), "--work", str(work))
     if plan.backend == "openvino":
         says = "scalellm makes the engine and the Triton repository itself; there is no foreign command"
@@ -55,10 +58,7 @@ def commands(plan: Plan, spoken: str, model: str | None, work: Path) -> Lane:
     if plan.backend == "tensorrt_engine":
         steps += _engine(plan, folder)
     else:
-        says = (
-            "TensorRT-LLM's PyTorch runtime reads the checkpoint as it is; scalellm does not serve it in this release"
-        )
-        steps.append(Step("build", f"there is no foreign command: {says}", _gpu(plan)))
+        steps += _llmapi(plan, folder, place, home)
     return Lane(tuple(steps), tuple(_notes(plan)))
 
 
@@ -71,6 +71,26 @@ def _engine(plan: Plan, folder: Path) -> Iterator[Step]:
     yield Step("convert", says, "any machine")
     argv = build_flags.command(plan, made, folder / "trtllm-engine")
     yield Step("build", "the engine; scalellm does not run this itself in this release", _gpu(plan), argv)
+
+
+def _llmapi(plan: Plan, folder: Path, place: tuple[str, ...], home: tuple[str, ...]) -> Iterator[Step]:
+    """The folder that the PyTorch runtime serves, behind Triton, or by a server that speaks OpenAI's API alone."""
+    engine = str(folder / "engine")
+    says = f"the runtime's folder, {engine}, and the Triton repository; nothing is computed, the weights are linked"
+    yield Step("build", says, "any machine", ("scalellm", "build", *place))
+    says = "Triton, with the tensors and texts that every scalellm server has"
+    yield Step("serve", says, _gpu(plan), ("scalellm", "serve", *home, "--server", "container"))
+    argv = settings.serve_command(plan, engine)
+    yield Step("trtllm-serve", "instead, without Triton: OpenAI's API only", _gpu(plan), argv)
+    if plan.release:
+        mounted = str((folder / "engine").absolute())
+        argv = settings.container_command(
+            f"{IMAGES}/{plan.release.container}", mounted, settings.serve_command(plan, mounted)
+        )
+        yield Step("trtllm-serve", "the same from outside the image", f"on a GPU of SM {plan.device.sm}", argv)
+    for title, command, source in settings.others(plan, engine):
+        says = f"{title} loads the same folder, by its source text ({source}); not run by us"
+        yield Step("serve", says, f"with {title}, on a GPU of SM {plan.device.sm}", command)
 
 
 def _gpu(plan: Plan) -> str:

@@ -114,15 +114,16 @@ def container_command(image: str, engine: str, argv: tuple[str, ...]) -> tuple[s
     return ("docker", "run", "--rm", *machine, f"--volume={engine}:{engine}:ro", image, *argv)
 
 
-def others(plan: Plan, *, static_inputs: bool = True) -> list[tuple[str, tuple[str, ...], str]]:
-    """The other servers that load the engine's folder by their source text: (title, argv before the folder, source).
+def others(plan: Plan, folder: str, *, static_inputs: bool = True) -> list[tuple[str, tuple[str, ...], str]]:
+    """The other servers that load the engine's folder, by their source text: (title, argv, source).
 
     ``static_inputs``: whether the checkpoint holds the scales of the linear layers' inputs.
     """
     found = []
     for row in workspace.facts("llmapi")["others"].values():
-        has = not plan.weights.quant_algo or static_inputs or "input_scale" not in row["needs"]
-        fits = plan.weights.quant_algo in row["quant_algos"] and has
-        if fits and (plan.weights.quant_algo is None or (plan.device.sm or 0) >= row["least_sm"]):
-            found.append((str(row["title"]), tuple(row["argv"]), str(row["source"])))
+        algo = plan.weights.quant_algo
+        complete = algo is None or static_inputs or "input_scale" not in row["needs"]
+        if algo in row["quant_algos"] and complete and (algo is None or (plan.device.sm or 0) >= row["least_sm"]):
+            split = (row["tp"], str(plan.tp)) if plan.tp > 1 else ()
+            found.append((str(row["title"]), (*row["argv"], folder, *split), str(row["source"])))
     return found

@@ -4,8 +4,9 @@
 only leave messages. The runtime computes in worker processes of its own, which it starts through MPI.
 
 What is used of TensorRT-LLM (1.0 to 1.2): LLM(**arguments), LLM.generate_async(ids, sampling_params=, streaming=),
-LLM.shutdown(), SamplingParams(**options), and of a result ``async for``, abort(), finished, outputs[0].token_ids,
-.finish_reason and .logprobs (tensorrt_llm/llmapi/llm.py @00966934, tensorrt_llm/executor/result.py @005bc848).
+LLM.shutdown(), SamplingParams(**options), llmapi.llm_utils.update_llm_args_with_extra_dict, and of a result
+``async for``, abort(), finished, outputs[0].token_ids, .finish_reason and .logprobs (tensorrt_llm/llmapi/llm.py
+@00966934, tensorrt_llm/executor/result.py @005bc848, and NVIDIA's llmapi model.py @044a90d2).
 """
 
 from __future__ import annotations
@@ -75,11 +76,13 @@ class LlmThread:
     async def _serve(self, arguments: dict[str, Any]) -> None:
         """From the first weight to the last answer. The constructor blocks for minutes, so it gets another thread."""
         from tensorrt_llm import LLM, SamplingParams
+        from tensorrt_llm.llmapi.llm_utils import update_llm_args_with_extra_dict
 
         self._params = SamplingParams
         self._closing = asyncio.Event()
         loop = asyncio.get_running_loop()
-        self._llm = await loop.run_in_executor(None, lambda: LLM(**arguments))
+        told = update_llm_args_with_extra_dict({}, arguments)  # nested dictionaries become the objects they mean
+        self._llm = await loop.run_in_executor(None, lambda: LLM(**told))
         try:
             await self._warm_up()
             self._ready.set_result(loop)

@@ -199,7 +199,7 @@ class LLM:
         vocabulary = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
         self._letters = [vocabulary[letter] for letter in "abcdefghijklmnopqrstuvwxyz"]
         self.broken = False
-        note({"call": "LLM", "arguments": arguments})
+        note({"call": "LLM", "arguments": {name: _plain(value) for name, value in arguments.items()}})
 
     def token(self, prompt: list[int], place: int, params: SamplingParams) -> int:
         """The next id: greedy decoding depends on the prompt alone, sampling on the seed, too."""
@@ -224,6 +224,10 @@ class LLM:
 
     def shutdown(self) -> None:
         note({"call": "shutdown"})
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(exclude_unset=True) if isinstance(value, pydantic.BaseModel) else value
 
 
 def note(call: dict[str, Any]) -> None:
