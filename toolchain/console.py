@@ -150,6 +150,15 @@ class Screen:
         self.table(str(one.path), ("", ""), rows)
         self.say(f"Next: {found.next}" if found.next else "")
 
+    def findings(self, found: Iterable[Any]) -> None:
+        """What ``doctor`` looked at (``stages.doctor.Finding``): a line each, with what to do where it is not well."""
+        marks = {"absent": "-"}
+        told = [
+            (marks.get(f.level, f.level), f.name, f.text if f.ok or not f.hint else f"{f.text}   try: {f.hint}")
+            for f in found
+        ]
+        self.table("", ("", "what", "found"), told)
+
     def serving(self, info: Any) -> None:
         """Where the server can be reached, and a command to try (``stages.serve.ServingInfo``)."""
         self.emit(vars(info))

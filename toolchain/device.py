@@ -26,6 +26,10 @@ class Device:
     name: str
     title: str
     aliases: tuple[str, ...]
+    reported_as: tuple[str, ...]
+    """The names that the driver's tools print for it."""
+    data_center: bool
+    """Whether CUDA's forward compatibility is for this card: a newer image on an older driver."""
     arch: str
     sm: int | None
     """Compute capability times ten (89 for 8.9); None for a CPU."""
@@ -85,6 +89,8 @@ def _device(name: str, row: Mapping[str, Any]) -> Device:
         name=name,
         title=row["title"],
         aliases=tuple(row["aliases"]),
+        reported_as=tuple(row["reported_as"]),
+        data_center=row["data_center"],
         arch=row["arch"],
         sm=row["sm"],
         memory_mib=row["memory_mib"],
@@ -119,6 +125,15 @@ def find_device(name: str) -> Device | None:
     """The device of that name or alias (``"RTX 4090"``, ``"A100"``), whatever the case and punctuation, or None."""
     known = _spellings().get(_plain(name))
     return devices()[known] if known else None
+
+
+def reported_device(name: str) -> Device | None:
+    """The device that the driver's tools call so: ``"Tesla T4"``, ``"NVIDIA A100-SXM4-40GB MIG 3g.20gb"``; or None.
+
+    Exact, unlike ``find_device``: an ``"NVIDIA GeForce RTX 4090 D"`` is another card.
+    """
+    whole = name.partition(" MIG ")[0].strip()
+    return next((entry for entry in devices().values() if whole in entry.reported_as), None)
 
 
 def closest_device(name: str) -> str:

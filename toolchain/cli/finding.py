@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from toolchain.cli.flags import PATH, common, complete_recipe, open_screen, work_flag
+from toolchain.cli.flags import PATH, common, complete_recipe, open_job, open_screen, work_flag
 from toolchain.errors import PlanError, ScalellmError
 
 
@@ -114,26 +114,53 @@ def import_(source: Path, out: Path, tokenizer: Path | None, json_output: bool, 
 
 
 @click.command()
-@work_flag("Where artifacts live; every one found there is checked.")
+@click.option(
+    "-r",
+    "--recipe",
+    metavar="FILE|NAME",
+    shell_complete=complete_recipe,
+    help="Hold this recipe's plan against the machine that is to build its engine.",
+)
+@click.option("-m", "--model", metavar="DIR|ORG/NAME", help="With --recipe: use this model instead of the recipe's.")
+@click.option("--device", metavar="DEVICE", help="With --recipe: plan for this device instead of the recipe's.")
+@click.option(
+    "--on",
+    default="local",
+    show_default=True,
+    metavar="local|container|ssh:HOST",
+    help="With --recipe: where the engine will be built.",
+)
+@work_flag("Where artifacts live; without --recipe every one found there is checked.")
 @common
-def doctor(work: Path, json_output: bool, verbose: int) -> None:
-    """Check this machine and the artifacts on it; say what is missing and what to type.
+def doctor(
+    recipe: str | None, model: str | None, device: str | None, on: str, work: Path, json_output: bool, verbose: int
+) -> None:
+    """Check this machine and the artifacts on it, or a machine against a recipe; say what to type.
+
+    The exit code is 1 when something fails that is needed; warnings do not change it.
 
     \b
-    Example:
+    Examples:
       scalellm doctor
+      scalellm doctor --recipe rtx4090
+      scalellm doctor --recipe t4 --on ssh:gpu-box --json
     """
-    from toolchain.stages.doctor import examine
+    from toolchain.stages import doctor as stage
 
     screen = open_screen(json_output, verbose)
-    findings = examine(work)
-    screen.emit([vars(finding) for finding in findings])
-    marks = {(True, True): "ok", (True, False): "ok", (False, True): "missing", (False, False): "-"}
-    rows = [
-        (marks[f.ok, f.needed], f.name, f.text if f.ok or not f.hint else f"{f.text}   try: {f.hint}") for f in findings
-    ]
-    screen.table("", ("", "what", "found"), rows)
-    sys.exit(0 if all(finding.ok or not finding.needed for finding in findings) else 1)
+    if recipe is None:
+        findings = stage.examine(work)
+    else:
+        target = stage.target_of(on)
+        job = open_job(screen, recipe, model, work, target=device)
+        here = stage.look(stage.Target("local"), job.folder, job.plan.release)
+        there = stage.look(target, job.folder, job.plan.release) if target.host else here
+        files = (file for name in job.names for file in job.path(name).rglob("*"))
+        present = sum(file.stat().st_size for file in files if file.is_file())
+        findings = stage.preflight(job.plan, job.peaks, target, there, here, present_bytes=present)
+    screen.emit([finding.to_json() for finding in findings])
+    screen.findings(findings)
+    sys.exit(1 if any(finding.level == "fail" for finding in findings) else 0)
 
 
 @click.command()

@@ -12,7 +12,7 @@ _SOURCE = "toolchain/quantizers/budget.py"
 
 
 def peaks(plan: Plan) -> tuple[Peak, ...]:
-    """Memory of ``quantize``: on a CPU, or on a GPU (``--device``); the least, with which it still runs.
+    """Memory of ``quantize``: on a CPU, or on a GPU (``--quantize-on``); the least, with which it still runs.
 
     Of weights in the model's own dtype; empty where they stay as they are and nothing is measured on text.
     """
@@ -21,7 +21,7 @@ def peaks(plan: Plan) -> tuple[Peak, ...]:
     on_cpu, on_gpu = _need(plan, on_gpu=False), _need(plan, on_gpu=True)
     tokens = f", {plan.recipe.calibration.tokens} tokens of text at once" if plan.calibrates else ""
     how = f"a layer in hand{tokens}, on {usable_cores()} cores; --max-ram holds it to that"
-    gpu = "only with --device cuda; without a GPU it is computed on the CPU, slower"
+    gpu = "only with --quantize-on cuda; without a GPU it is computed on the CPU, slower"
     return (
         Peak("quantize", "ram", max(on_cpu.ram, on_gpu.ram), how, _SOURCE),
         Peak("quantize", "vram", on_gpu.vram, gpu, _SOURCE),

@@ -1,4 +1,4 @@
-"""Examine this machine and the artifacts on it: what works, what is missing, what to type. Changes nothing."""
+"""This machine and the artifacts on it, whatever they are for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from toolchain import workspace
@@ -16,6 +15,7 @@ from toolchain.errors import ScalellmError
 from toolchain.gpu import visible_gpus
 from toolchain.servers.triton import bundled
 from toolchain.servers.triton.locate import find_server
+from toolchain.stages.doctor.finding import Finding, absent, fail, good, warning
 from toolchain.units import GIB, format_bytes
 
 _PACKAGES = {
@@ -32,47 +32,37 @@ _LITTLE_DISK = 20 * GIB
 _LITTLE_MEMORY = 4 * GIB
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at. ``needed``: whether the main job on this machine fails without it."""
-
-    name: str
-    ok: bool
-    text: str
-    hint: str = ""
-    needed: bool = True
-
-
 def examine(work: Path) -> list[Finding]:
     """Everything worth knowing before a build on this machine, and the state of each artifact below ``work``."""
     return [*_machine(work), *_packages(), _triton(), _numpy(), *_containers(), *_artifacts(work)]
 
 
 def _machine(work: Path) -> Iterator[Finding]:
-    python = platform.python_version()
-    yield Finding("python", sys.version_info >= (3, 11), f"{python} ({sys.executable})", "Python 3.11 or newer")
+    python = f"{platform.python_version()} ({sys.executable})"
+    new = sys.version_info >= (3, 11)
+    yield good("python", python) if new else fail("python", python, "Python 3.11 or newer")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    cores = len(os.sched_getaffinity(0))
-    yield Finding("memory", memory > _LITTLE_MEMORY, f"{format_bytes(memory)}, {cores} cores", "4 GiB or more")
+    shown = f"{format_bytes(memory)}, {len(os.sched_getaffinity(0))} cores"
+    yield good("memory", shown) if memory > _LITTLE_MEMORY else fail("memory", shown, "4 GiB or more")
     place = next(folder for folder in (work, *work.resolve().parents) if folder.is_dir())
     free = shutil.disk_usage(place).free
-    hint = "" if free > _LITTLE_DISK else "a 13B model needs about 40 GB: --work DIR"
-    yield Finding("disk", free > _LITTLE_DISK, f"{format_bytes(free)} free in {place}", hint, needed=False)
-    gpus = visible_gpus()
-    shown = ", ".join(f"{name} (SM {sm})" for name, sm in gpus) or "none (the CPU engine needs none)"
-    yield Finding("gpu", bool(gpus), shown, needed=False)
+    shown = f"{format_bytes(free)} free in {place}"
+    enough = free > _LITTLE_DISK
+    yield good("disk", shown) if enough else warning("disk", shown, "a 13B model needs about 40 GB: --work DIR")
+    gpus = ", ".join(f"{name} (SM {sm})" for name, sm in visible_gpus())
+    yield good("gpu", gpus) if gpus else absent("gpu", "none (the CPU engine needs none)")
     builder = shutil.which("trtllm-build")
-    hint = "" if builder else "run inside NVIDIA's tritonserver trtllm container on the GPU machine"
-    yield Finding("trtllm-build", bool(builder), builder or "not on PATH", hint, needed=False)
+    hint = "run inside NVIDIA's tritonserver trtllm container on the GPU machine"
+    yield good("trtllm-build", builder) if builder else absent("trtllm-build", "not on PATH", hint)
 
 
 def _packages() -> Iterator[Finding]:
     for package, extra in _PACKAGES.items():
         try:
-            yield Finding(package, True, importlib.metadata.version(package))
+            yield good(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
             name = f"'scalellm-toolchain[{extra}]'" if extra else package
-            yield Finding(package, False, "not installed", f"pip install {name}")
+            yield fail(package, "not installed", f"pip install {name}")
 
 
 def _triton() -> Finding:
@@ -82,8 +72,8 @@ def _triton() -> Finding:
         if server.kind == "bundled" and wheel is not None:
             bundled.check_stub(wheel.stub, bundled.environment(wheel, os.environ))
     except ScalellmError as error:
-        return Finding("tritonserver", False, error.message, error.hint)
-    return Finding("tritonserver", True, f"{server.version} ({server.kind})")
+        return fail("tritonserver", error.message, error.hint)
+    return good("tritonserver", f"{server.version} ({server.kind})")
 
 
 def _numpy() -> Finding:
@@ -91,13 +81,13 @@ def _numpy() -> Finding:
     try:
         bundled.check_numpy(version)
     except ScalellmError as error:
-        return Finding("numpy", False, error.message, error.hint)
-    return Finding("numpy", True, version)
+        return fail("numpy", error.message, error.hint)
+    return good("numpy", version)
 
 
 def _containers() -> Iterator[Finding]:
-    found = [name for name in ("docker", "podman") if shutil.which(name)]
-    yield Finding("containers", bool(found), ", ".join(found) or "neither docker nor podman", needed=False)
+    found = ", ".join(name for name in ("docker", "podman") if shutil.which(name))
+    yield good("containers", found) if found else absent("containers", "neither docker nor podman")
 
 
 def _artifacts(work: Path) -> Iterator[Finding]:
@@ -107,7 +97,7 @@ def _artifacts(work: Path) -> Iterator[Finding]:
             known = workspace.read_stamp(folder)
             stamp = workspace.require(folder, known.stage if known else folder.name)
         except ScalellmError as error:
-            yield Finding(str(folder), False, error.message, error.hint)
+            yield fail(str(folder), error.message, error.hint)
             continue
         size = sum(record.size for record in stamp.files.values())
-        yield Finding(str(folder), True, f"{format_bytes(size)}, made {stamp.created}, intact")
+        yield good(str(folder), f"{format_bytes(size)}, made {stamp.created}, intact")
