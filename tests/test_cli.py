@@ -122,7 +122,7 @@ def recorders(tmp_path):
     """A folder for PATH with programs that write down their arguments instead of doing anything."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name in ("scalellm", "trtllm-build", "docker"):
+    for name in ("scalellm", "trtllm-build", "docker", "git", "sed", "python3"):
         program = folder / name
         program.write_text(f'#!/bin/sh\n{{ printf "%s" {name}; printf " [%s]" "$@"; echo; }} >> "{tmp_path}/ran"\n')
         program.chmod(0o755)
@@ -137,14 +137,19 @@ def test_commands_are_printed_ready_to_paste_and_none_is_run(scalellm, tmp_path,
     assert not (tmp_path / "my work").exists()
 
     subprocess.run(["sh", "-e"], input=done.stdout, text=True, check=True, env={"PATH": path})
-    quantize, build = (tmp_path / "ran").read_text().splitlines()
+    quantize, clone, patch, image, build = (tmp_path / "ran").read_text().splitlines()
     assert quantize == f"scalellm [quantize] [--recipe] [t4] [--work] [{tmp_path}/my work]"
+    assert clone.startswith("git [clone] [--branch] [v0.13.0] [--recurse-submodules]")
+    assert "[s/build_wheel.py /build_wheel.py --cuda_architectures 75-real /]" in patch
+    assert image.startswith("docker [build] [--tag] [tritonserver-trtllm-0.13.0-75-real]")
     assert build.startswith(f"trtllm-build [--checkpoint_dir] [{tmp_path}/my work/t4/trtllm-checkpoint] [--output_dir]")
     assert "[--context_fmha] [disable]" in build
     assert "[--gpt_attention_plugin] [float16]" in build
     comments = [line for line in done.stdout.splitlines() if line.startswith("#")]
     assert any("no command in this release" in line for line in comments)
-    assert any("75-real" in line for line in comments)
+    assert sum("75-real" in line for line in comments if line.startswith("# note")) == 1
+    wheel = "python3 scripts/build_wheel.py --clean --cuda_architectures 75-real --trt_root /usr/local/tensorrt"
+    assert f"#   {wheel}" in comments
 
 
 def test_commands_as_json_hold_the_argv_and_the_release(scalellm):

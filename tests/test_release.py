@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -77,7 +79,7 @@ def test_every_listed_sm_has_its_formats_for_each_backend_of_the_release() -> No
 
 def test_spans_name_releases_of_the_table_so_that_a_typing_error_cannot_hide() -> None:
     table, flags = workspace.facts("releases"), workspace.facts("build_flags")["flags"]
-    spans = [*table["precisions"], *table["fp8_context_fmha"], *table["traps"], *flags.values()]
+    spans = [*table["precisions"], *table["fp8_context_fmha"], *table["traps"], *table["rebuild"], *flags.values()]
     spans += [span for row in flags.values() for span in row.get("spans", ())]
     for span in spans:
         assert {span[end] for end in ("from", "to") if end in span} <= set(releases()), span
@@ -85,7 +87,13 @@ def test_spans_name_releases_of_the_table_so_that_a_typing_error_cannot_hide() -
 
 def test_every_trap_and_span_of_formats_has_its_source_and_date() -> None:
     table = workspace.facts("releases")
-    for row in (*table["precisions"], *table["traps"], *table["fp8_context_fmha"], table["engine_ends"]):
+    for row in (
+        *table["precisions"],
+        *table["traps"],
+        *table["fp8_context_fmha"],
+        *table["rebuild"],
+        table["engine_ends"],
+    ):
         assert row["source"], row
         assert row["date"].year == 2026, row
 
@@ -94,8 +102,8 @@ def test_traps_are_told_where_they_lie_and_nowhere_else() -> None:
     def told(version: str, sm: int, backend: str = "tensorrt_engine") -> str:
         return "\n".join(trap.text for trap in releases()[version].traps_of(backend, sm))
 
-    assert "75-real" in told("0.13.0", 75)
-    assert "75-real" not in told("0.13.0", 89)
+    assert "Unsupported architecture" in told("0.13.0", 75)
+    assert "Unsupported architecture" not in told("0.13.0", 89)
     assert "overwritten with 1.0" in told("0.13.0", 89)
     assert "overwritten with 1.0" not in told("0.14.0", 89)
     assert "int4 layout" in told("1.2.1", 120, "tensorrt_llmapi")
@@ -164,3 +172,31 @@ def test_every_gpu_has_a_release_for_each_of_its_backends() -> None:
         for backend in device.backends:
             if device.sm is not None:
                 assert usable(device.sm, backend), f"{device.name} {backend}"
+
+
+def test_int4_and_int8_on_a_t4_want_a_build_of_ones_own_and_nothing_else_does() -> None:
+    t4 = {version: one for version, one in releases().items() if 75 in one.sms}
+    assert set(t4) == {"0.12.0", "0.13.0"}
+    for version, release in t4.items():
+        for weights in ("int4", "int8"):
+            found = release.rebuild_for("tensorrt_engine", 75, weights)
+            assert found is not None
+            assert found.architectures == "75-real"
+            assert any(f"v{version}" in step.argv for step in found.steps)
+            assert not any("{" in word for step in found.steps for word in (*step.argv, step.says, step.where))
+        assert release.rebuild_for("tensorrt_engine", 75, "none") is None  # plain matrices are cuBLAS's
+        assert release.rebuild_for("tensorrt_engine", 89, "int4") is None
+    assert releases()["0.14.0"].rebuild_for("tensorrt_engine", 75, "int4") is None
+
+
+def test_the_change_of_nvidias_dockerfile_reaches_its_build_of_the_wheel(tmp_path: Path) -> None:
+    """The one line of tensorrtllm_backend dockerfile/Dockerfile.trt_llm_backend @v0.13.0 that builds a wheel."""
+    rebuild = releases()["0.13.0"].rebuild_for("tensorrt_engine", 75, "int4")
+    assert rebuild is not None
+    line = 'RUN cd tensorrt_llm && python3 scripts/build_wheel.py --trt_root="${TRT_ROOT}" -i -c && cd ..\n'
+    argv = next(step.argv for step in rebuild.steps if step.name == "architectures")
+    file = tmp_path / argv[-1]
+    file.parent.mkdir(parents=True)
+    file.write_text(line)
+    subprocess.run(argv, cwd=tmp_path, check=True)
+    assert file.read_text() == line.replace("build_wheel.py", "build_wheel.py --cuda_architectures 75-real")

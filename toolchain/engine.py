@@ -65,6 +65,12 @@ class Passport:
     pp: int = 1
     argv: tuple[str, ...] = ()
     """The builder's command, with CHECKPOINT and ENGINE in place of the folders."""
+    gate: str | None = None
+    """``"required"``: nobody is to be served before ``accuracy`` holds a good verdict; ``"advised"``; None."""
+    model: str | None = None
+    """The fingerprint of the model that the checkpoint was made from."""
+    recipe_sha256: str | None = None
+    """Of the recipe's text."""
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Passport:

@@ -17,6 +17,7 @@ from toolchain.device import Device, Price, device, prices
 from toolchain.engine import Limits
 from toolchain.family import LlamaConfig
 from toolchain.forecast import Forecast, forecast
+from toolchain.gate import Gate, choose_gate
 from toolchain.kv_window import KvWindow, choose_window
 from toolchain.latency import Deployment, interconnect
 from toolchain.memory import MemoryPlan, memory_plan, smaller_limits
@@ -57,6 +58,8 @@ class Plan:
     """Decoding with a draft model; None: without."""
     calibrates: bool
     """Whether making the checkpoint takes text: for a method, or for static scales of a TensorRT-LLM engine."""
+    gate: Gate | None
+    """Whether the engine's answers must be verified before it serves: ``"required"``, ``"advised"`` or not."""
     memory: MemoryPlan
     latency: Forecast | None
     """What it will probably take; None on a CPU, of which nobody published factors that hold elsewhere."""
@@ -146,6 +149,7 @@ class Plan:
             "model": self.recipe.model,
             "services": self.services,
             "container": self.release.container if self.release else None,
+            "gate": self.gate,
             "memory": asdict(self.memory),
             "latency": asdict(self.latency) if self.latency else None,
             "prices": [asdict(price) for price in self.prices],
@@ -189,8 +193,9 @@ def make_plan(
     memory = _memory(recipe, config, weights, kv, limits, target, notes, cache, fused=fused, host=host_memory_bytes)
     _explain(recipe, weights, kv, target, memory, notes)
     calibrates = rules.choose_calibration(recipe, config, weights, kv, backend, notes)
+    gate = choose_gate(weights, kv, target, backend, release, notes)
     notes.raise_if_refused(recipe.name)
-    notes.warnings.extend(_warnings(recipe, weights, kv, target, backend))
+    notes.warnings.extend(_warnings(recipe, weights, kv, target, backend, release))
     return Plan(
         recipe=recipe,
         config=config,
@@ -210,6 +215,7 @@ def make_plan(
         window=window,
         speculation=speculation,
         calibrates=calibrates,
+        gate=gate,
         memory=memory,
         latency=_latency(recipe, config, weights, kv, limits, target, memory, cache, fused=fused),
         prices=prices(target.name),
@@ -357,7 +363,9 @@ def _explain(
         )
 
 
-def _warnings(recipe: Recipe, weights: WeightScheme, kv: KvScheme, target: Device, backend: str) -> Iterator[str]:
+def _warnings(
+    recipe: Recipe, weights: WeightScheme, kv: KvScheme, target: Device, backend: str, release: Release | None
+) -> Iterator[str]:
     """What a user should know before building, with the source."""
     if target.is_cpu:
         if weights.calibrated_always:
@@ -370,10 +378,8 @@ def _warnings(recipe: Recipe, weights: WeightScheme, kv: KvScheme, target: Devic
         yield "INT8 KV is a common cause of bad text (TensorRT-LLM issues 967, 453): check quality"
     if weights.name == "int4":
         yield "int4 weights save memory and speed up decoding, not the first token (TensorRT-LLM issues 1565, 2487)"
-    if target.sm == 75 and weights.name in ("int4", "int8"):
-        yield (
-            f"released wheels have no SM 75 code, and their {weights.name} kernels give errors or garbage on a T4: "
-            "build TensorRT-LLM for 75-real (TensorRT-LLM issues 771, 396, 1182), and check quality before use"
-        )
+    rebuild = release.rebuild_for(backend, target.sm, weights.name) if release else None
+    if rebuild:
+        yield f"{rebuild.text.format(weights=weights.name)} ({rebuild.why})"
     if recipe.services > 1 and backend != "openvino":
         yield "NVIDIA advises against several engines on one GPU (tensorrtllm_backend docs/llama_multi_instance.md)"

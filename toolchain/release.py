@@ -32,6 +32,35 @@ class Trap:
 
 
 @dataclass(frozen=True)
+class RebuildStep:
+    """One command of a rebuild."""
+
+    name: str
+    says: str
+    where: str
+    argv: tuple[str, ...]
+    alternative: bool = False
+    """Another way to what the steps before it make."""
+
+
+@dataclass(frozen=True)
+class Rebuild:
+    """Kernels that the released wheels and images lack for an SM, and how NVIDIA's own scripts build them."""
+
+    backend: str
+    sms: frozenset[int]
+    weights: frozenset[str]
+    """Whose kernels: keys of ``quantization.WEIGHTS``."""
+    architectures: str
+    """As ``build_wheel.py --cuda_architectures`` takes it: ``"75-real"``."""
+    text: str
+    why: str
+    steps: tuple[RebuildStep, ...]
+    source: str
+    date: str
+
+
+@dataclass(frozen=True)
 class Release:
     """One TensorRT-LLM release, with the Triton image that ships it."""
 
@@ -54,6 +83,7 @@ class Release:
     window_keeps: str
     """What a sequence that is longer than its attention window keeps in the cache: ``"window"`` or ``"sequence"``."""
     traps: tuple[Trap, ...]
+    rebuilds: tuple[Rebuild, ...]
     unconfirmed: frozenset[str]
     """Columns that no source states for this release: ``"driver"``, ``"sms"``."""
     date: str
@@ -76,6 +106,11 @@ class Release:
         """What goes wrong with this backend on this SM."""
         here = (trap for trap in self.traps if not trap.sms or sm in trap.sms)
         return tuple(trap for trap in here if trap.backend in ("", backend))
+
+    def rebuild_for(self, backend: str, sm: int | None, weights: str) -> Rebuild | None:
+        """What must be built from source before these weights run with this backend on this SM; None for nothing."""
+        fits = (one for one in self.rebuilds if one.backend == backend and sm in one.sms and weights in one.weights)
+        return next(fits, None)
 
 
 @dataclass(frozen=True)
@@ -131,9 +166,36 @@ def _release(row: Mapping[str, Any], table: Mapping[str, Any]) -> Release:
             for trap in table["traps"]
             if within(version, trap)
         ),
+        rebuilds=tuple(_rebuild(one, version) for one in table["rebuild"] if within(version, one)),
         unconfirmed=frozenset(row.get("unconfirmed", ())),
         date=str(table["date"]),
         source=table["source"],
+    )
+
+
+def _rebuild(row: Mapping[str, Any], version: str) -> Rebuild:
+    def filled(text: str) -> str:
+        return text.replace("{release}", version)
+
+    return Rebuild(
+        backend=row["backend"],
+        sms=frozenset(row["sms"]),
+        weights=frozenset(row["weights"]),
+        architectures=row["architectures"],
+        text=filled(row["text"]),
+        why=row["why"],
+        steps=tuple(
+            RebuildStep(
+                one["name"],
+                filled(one["says"]),
+                filled(one["where"]),
+                tuple(map(filled, one["argv"])),
+                one.get("alternative", False),
+            )
+            for one in row["steps"]
+        ),
+        source=row["source"],
+        date=str(row["date"]),
     )
 
 

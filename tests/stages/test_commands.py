@@ -131,3 +131,23 @@ def test_a_plan_that_the_builder_would_not_build_prints_nothing() -> None:
     wrong = replace(plan_of(INT8_KV), paged_context_fmha=True)
     with pytest.raises(PlanError, match="INT8 KV excludes it"):
         commands(wrong, "mine.yaml", None, Path("work"))
+
+
+def test_a_t4_is_told_once_that_its_kernels_must_be_built_and_how() -> None:
+    found = lane("device: t4\nquantization: {weights: int4}\nlimits: {max_seq_len: 1024}")
+    assert sum("75-real" in note for note in found.notes) == 1
+    (wheel,) = (step for step in found.steps if step.name == "wheel")
+    assert wheel.argv == (
+        *("python3", "scripts/build_wheel.py", "--clean", "--cuda_architectures", "75-real"),
+        *("--trt_root", "/usr/local/tensorrt"),
+    )
+    assert "devel container" in wheel.says
+    assert all(line.startswith("#") for line in wheel.lines())  # another way to the same: not to be pasted along
+    names = [step.name for step in found.steps]
+    assert names.index("image") < names.index("build")
+    assert "in the image made above" in found.steps[-1].where
+
+
+def test_a_t4_in_16_bits_and_other_cards_build_nothing_of_nvidias() -> None:
+    for text in ("device: t4\nparallel: {tp: 4}\nlimits: {max_seq_len: 512, max_batch_size: 1}", ENGINE, INT8_KV):
+        assert {step.name for step in lane(text).steps} == {"quantize", "convert", "build"}

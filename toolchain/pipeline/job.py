@@ -245,7 +245,7 @@ class Job:
     def _make_engine(self, draft: Draft) -> None:
         order = self._order(draft.path, draft.key)
         stamp = workspace.require(self._quantized, "checkpoint")
-        build_stage.build(order, Checkpoint.open(self._quantized), checkpoint_key=stamp.key)
+        build_stage.build(order, Checkpoint.open(self._quantized), source=stamp)
         for name, record in stamp.files.items():  # what was linked from the checkpoint need not be read again
             if (draft.path / name).is_file() and (draft.path / name).samefile(self._quantized / name):
                 draft.known_hash(name, record.sha256)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from toolchain import backends
@@ -10,6 +11,7 @@ from toolchain.checkpoint import Checkpoint
 from toolchain.engine import Passport, write_passport
 from toolchain.errors import ToolError
 from toolchain.plan import Plan
+from toolchain.workspace import Stamp
 
 
 def inputs(plan: Plan, source_key: str) -> dict[str, Any]:
@@ -39,17 +41,17 @@ def refuse_if_lacking(order: Order, continue_with: str) -> None:
         )
 
 
-def build(order: Order, checkpoint: Checkpoint, *, checkpoint_key: str) -> None:
+def build(order: Order, checkpoint: Checkpoint, *, source: Stamp) -> None:
     """Write the engine and its passport into the order's draft folder.
 
-    ``checkpoint`` is the quantized one. Raises ToolError when the backend's own tools fail, ArtifactError for a damaged
-    checkpoint.
+    ``checkpoint`` is the quantized one and ``source`` its stamp. Raises ToolError when the backend's own tools fail,
+    ArtifactError for a damaged checkpoint.
     """
     backends.load(order.plan.backend).build(order)
-    write_passport(order.out, passport(order.plan, checkpoint, checkpoint_key))
+    write_passport(order.out, passport(order.plan, checkpoint, source))
 
 
-def passport(plan: Plan, checkpoint: Checkpoint, checkpoint_key: str) -> Passport:
+def passport(plan: Plan, checkpoint: Checkpoint, source: Stamp) -> Passport:
     """What the engine is, for whoever packages, serves or deploys it."""
     config, release = checkpoint.config, plan.release
     backend = backends.load(plan.backend)
@@ -69,11 +71,14 @@ def passport(plan: Plan, checkpoint: Checkpoint, checkpoint_key: str) -> Passpor
         sm=plan.device.sm,
         runtime=backend.runtime(plan),
         versions=backend.versions(),
-        checkpoint=checkpoint_key,
+        checkpoint=source.key,
         release=release.version if release else None,
         tensorrt=release.tensorrt if release else None,
         container=release.container if release else None,
         tp=plan.tp,
         pp=plan.pp,
         argv=tuple(backend.inputs(plan).get("argv", ())),
+        gate=plan.gate,
+        model=source.inputs.get("model"),
+        recipe_sha256=hashlib.sha256(plan.recipe.text.encode()).hexdigest(),
     )

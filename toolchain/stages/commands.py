@@ -26,11 +26,15 @@ class Step:
     """What it makes, or why there is no command."""
     where: str
     argv: tuple[str, ...] = ()
+    alternative: bool = False
+    """Another way to what the steps before it make: its command is a comment, for whoever takes it."""
 
     def lines(self) -> Iterator[str]:
         """Lines for a shell: a comment, then the command, one flag a line."""
         yield f"# {self.name} ({self.where}): {self.says}"
-        if self.argv:
+        if self.alternative:
+            yield f"#   {shlex.join(self.argv)}"
+        elif self.argv:
             yield paste(self.argv)
 
 
@@ -69,8 +73,12 @@ def _engine(plan: Plan, folder: Path) -> Iterator[Step]:
         f"with tp {plan.tp} and pp {plan.pp}; {build_flags.PROGRAM} does not read the unified layout"
     )
     yield Step("convert", says, "any machine")
+    rebuild = plan.release.rebuild_for(plan.backend, plan.device.sm, plan.weights.name) if plan.release else None
+    for step in rebuild.steps if rebuild else ():
+        yield Step(step.name, step.says, step.where, step.argv, step.alternative)
     argv = build_flags.command(plan, made, folder / "trtllm-engine")
-    yield Step("build", "the engine; scalellm does not run this itself in this release", _gpu(plan), argv)
+    where = f"in the image made above, on a GPU of SM {plan.device.sm}" if rebuild else _gpu(plan)
+    yield Step("build", "the engine; scalellm does not run this itself in this release", where, argv)
 
 
 def _llmapi(plan: Plan, folder: Path, place: tuple[str, ...], home: tuple[str, ...]) -> Iterator[Step]:
