@@ -171,6 +171,8 @@ class Screen:
             ("log", info.log),
         ):
             self.say(f"  {name:<8} {text}")
+        if info.unverified:
+            self.say(f"NOT VERIFIED: {info.unverified}")
         self.say(f"Try:\n  {info.sample}\nCtrl-C stops it.")
 
     def error(self, error: ScalellmError) -> None:

@@ -30,6 +30,11 @@ from toolchain.cli.flags import PATH, common, complete_recipe, open_screen, work
     help="nvidia-pytriton's tritonserver, the one on PATH, or NVIDIA's container.",
 )
 @click.option(
+    "--allow-unverified",
+    is_flag=True,
+    help="Serve an engine whose answers must be verified first and were not, or were found wrong.",
+)
+@click.option(
     "--start-timeout",
     "start_timeout_s",
     type=float,
@@ -49,6 +54,7 @@ def serve(
     grpc_port: int | None,
     metrics_port: int | None,
     server: Literal["auto", "bundled", "path", "container"],
+    allow_unverified: bool,
     start_timeout_s: float,
     json_output: bool,
     verbose: int,
@@ -57,25 +63,33 @@ def serve(
 
     A recipe with services: N gets N servers; each next one has all its ports 10 higher. A repository of a TensorRT-LLM
     engine is served by the Triton of its own release: on PATH inside NVIDIA's image, or that image in a container.
+    An engine of another recipe, GPU or TensorRT-LLM is refused, with the command that builds the right one.
 
     \b
     Examples:
       scalellm serve --recipe tiny
       scalellm serve --repository /models/llama --http-port 9000
     """
+    from dataclasses import replace
+
+    from toolchain.admission import Asked, admit
     from toolchain.pipeline.job import folder_of
     from toolchain.recipe import Serve, load_recipe
     from toolchain.stages import serve as stage
     from toolchain.variant import for_device
 
     screen = open_screen(json_output, verbose)
-    settings = Serve()
+    settings, loaded = Serve(), None
     if recipe is not None:
         loaded = load_recipe(recipe)
         device = for_device(loaded, target).device if target else None
         settings, repository = loaded.serve, repository or folder_of(loaded, work, device) / "repository"
     if repository is None:
         raise click.UsageError("Name a recipe (--recipe) or a repository (--repository).")
+    own = server in ("auto", "path")
+    admission = admit(repository, Asked(recipe or "", loaded, target, allow_unverified, own))
+    for note in admission.notes:
+        screen.note(f"note: {note}")
     ports = stage.Ports(
         http=http_port or settings.http_port,
         grpc=grpc_port or settings.grpc_port,
@@ -87,7 +101,7 @@ def serve(
         ports=ports,
         server=server,
         progress=screen,
-        on_ready=screen.serving,
+        on_ready=lambda info: screen.serving(replace(info, unverified=admission.unverified)),
         start_timeout_s=start_timeout_s,
     )
     sys.exit(code)

@@ -59,6 +59,8 @@ class ServingInfo:
     """A curl command that shows the server at work."""
     service: str = ""
     """Such as ``"2 of 3"``; empty where there is only one."""
+    unverified: str = ""
+    """Why its answers are not to be trusted; empty where nothing speaks against them."""
 
 
 class Supervisor:
