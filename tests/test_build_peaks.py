@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.backends import test_tensorrt_llm_checkpoint as trtllm
+from tests.backends import conftest as trtllm
+from tests.backends.trtllm_folders import Folders
 from toolchain.backends import tensorrt_llm
 from toolchain.build_peaks import Peak, converted_bytes, peaks
 from toolchain.checkpoint import Checkpoint
@@ -50,7 +51,7 @@ WORDS = {
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 1), (2, 2)])
 @pytest.mark.parametrize("way", WORDS)
 def test_the_converted_checkpoint_is_as_large_as_its_files(
-    quantized: trtllm.Folders, tmp_path: Path, way: str, tp: int, pp: int
+    quantized: Folders, tmp_path: Path, way: str, tp: int, pp: int
 ) -> None:
     folder = quantized("gqa", way)  # two kv heads: 4 ranks have copies of them
     tensorrt_llm.write(Checkpoint.open(folder), tmp_path, tp=tp, pp=pp)
