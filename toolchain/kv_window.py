@@ -18,6 +18,9 @@ from toolchain.release import Release, releases, within
 
 SINKS = "TensorRT-LLM tensorrt_llm/commands/build.py (StreamingLLM); pull requests 6379, 14275 (2026-11-22)"
 
+NO_WINDOW = "TensorRT-LLM issue 11244, pull request 12597 (2026-03-30, which mends Mistral)"
+"""Where it says that a window of the cache does not reach the attention of Llama, and of Mistral until then."""
+
 
 @dataclass(frozen=True)
 class KvWindow:
@@ -52,11 +55,15 @@ def choose_window(
     if backend == "openvino":
         notes.refuse("kv_cache.window: the openvino backend cannot do this yet", "Leave out window and sinks")
         return None
+    if backend == "tensorrt_llmapi":
+        reason = "kv_cache.window: TensorRT-LLM's PyTorch runtime gives the attention of these models no window"
+        notes.refuse(f"{reason} ({NO_WINDOW})", "Leave out window and sinks, or use backend: tensorrt_engine")
+        return None
     if asked.window >= limits.max_seq_len:
         reason = f"kv_cache.window {asked.window} hides nothing: no sequence is longer than {limits.max_seq_len} tokens"
         notes.refuse(reason, "Leave out window and sinks, or choose a smaller window")
     if asked.sinks:
-        _check_sinks(config, backend, release, notes)
+        _check_sinks(config, release, notes)
     if release is None:  # refused already
         return None
     ring = release.window_keeps == "window"
@@ -76,13 +83,11 @@ def choose_window(
     return found
 
 
-def _check_sinks(config: LlamaConfig, backend: str, release: Release | None, notes: Notes) -> None:
+def _check_sinks(config: LlamaConfig, release: Release | None, notes: Notes) -> None:
     """Sinks need StreamingLLM, which is built into an engine, for Llama, by releases that still have it."""
     taking = [one.version for one in releases().values() if one.engine and _has_streamingllm(one.version)]
-    pin = f'Leave out sinks, or pin tensorrt_llm: "{taking[-1]}" or older with backend: tensorrt_engine'
-    if backend != "tensorrt_engine":
-        notes.refuse(f"kv_cache.sinks: TensorRT-LLM's PyTorch runtime has no attention sinks ({SINKS})", pin)
-    elif config.architecture != "LlamaForCausalLM":
+    pin = f'Leave out sinks, or pin tensorrt_llm: "{taking[-1]}" or older'
+    if config.architecture != "LlamaForCausalLM":
         reason = f"kv_cache.sinks: TensorRT-LLM builds attention sinks for Llama only, not {config.architecture}"
         notes.refuse(reason, "Leave out sinks")
     elif release and release.version not in taking:

@@ -51,7 +51,7 @@ def arguments(plan: Plan) -> dict[str, Any]:
         "enable_chunked_prefill": limits.max_num_tokens < limits.max_input_len,
         "kv_cache_config": {
             "dtype": "fp8" if plan.kv.name == "fp8" else "auto",
-            "enable_block_reuse": True,
+            "enable_block_reuse": plan.kv_reuse,
             "free_gpu_memory_fraction": workspace.facts("llmapi")["arguments"]["free_gpu_memory_fraction"],
             "max_tokens": plan.max_kv_tokens,
         },
