@@ -17,8 +17,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
+from tests.quantizers.unified_folder import dense_of
 from toolchain import workspace
 from toolchain.backends import Order, tensorrt_llmapi
 from toolchain.backends.tensorrt_llmapi.settings import arguments, others, serve_command
@@ -222,6 +223,36 @@ def test_the_configuration_means_the_same_to_transformers_4_and_5(made: Callable
     ours, before = AutoConfig.from_pretrained(engine), AutoConfig.from_pretrained(checkpoint)  # transformers 5
     assert ours.rope_parameters == before.rope_parameters
     assert ours.dtype == before.dtype == torch.float16
+
+
+def test_the_tokenizer_is_one_that_transformers_4_knows_and_5_reads_alike(
+    random_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    """transformers 5 writes a class of its own and a list that version 4 cannot read."""
+    model = tmp_path / "model"
+    shutil.copytree(random_llama(), model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<tool>"]})
+    tokenizer.save_pretrained(model)
+    assert json.loads((model / "tokenizer_config.json").read_text())["tokenizer_class"] == "TokenizersBackend"
+    job = Job(recipe_of(PLAIN), str(model), tmp_path / "work", Silent())
+    job.run("engine")
+    written = json.loads((job.folder / "engine" / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert written["additional_special_tokens"] == ["<tool>"]
+    assert "extra_special_tokens" not in written
+    served = AutoTokenizer.from_pretrained(job.folder / "engine")
+    text = "a text <tool> with </s> in it"
+    assert served(text).input_ids == tokenizer(text).input_ids
+    assert served.all_special_tokens == tokenizer.all_special_tokens
+
+
+@pytest.mark.parametrize("text", [AWQ, RTN])
+def test_the_folder_stands_for_the_same_matrices_as_the_checkpoint(made: Callable[..., Job], text: str) -> None:
+    """By a reader of the layout that shares nothing with us: scales of 1 change no bit."""
+    checkpoint, engine = (dense_of(folder) for folder in folders(made(text)))
+    assert checkpoint.keys() == engine.keys()
+    assert all(torch.equal(checkpoint[name], engine[name]) for name in checkpoint)
 
 
 def test_a_float32_model_is_served_in_float16(made: Callable[..., Job]) -> None:

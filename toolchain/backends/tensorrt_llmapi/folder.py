@@ -27,6 +27,7 @@ UNIT_SCALES = "pre-quant-scales.safetensors"
 
 _INDEX = "model.safetensors.index.json"
 _QUANT = "hf_quant_config.json"
+_TOKENIZER = "tokenizer_config.json"
 _ONE = {"F16": b"\x00\x3c", "BF16": b"\x80\x3f"}
 """1.0, little endian."""
 
@@ -51,7 +52,10 @@ def write(checkpoint: Checkpoint, plan: Plan, out: Path) -> None:
             document["quantization"]["pre_quant_scale"] = True
         _write_json(out / _QUANT, document)
     for file in checkpoint.side_files:
-        shutil.copyfile(file, out / file.name)
+        if file.name == _TOKENIZER:
+            _write_json(out / _TOKENIZER, _tokenizer(read_json(file)))
+        else:
+            shutil.copyfile(file, out / file.name)
     told = arguments(plan)
     workspace.write_durably(out / "model.yaml", model_yaml(told).encode())
     workspace.write_durably(out / "trtllm-serve.yaml", serve_yaml(told).encode())
@@ -75,6 +79,21 @@ def _config(checkpoint: Checkpoint, dtype: str, *, quantized: bool) -> dict[str,
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         written["rope_scaling"] = scaling if checkpoint.config.rope_scaling else None
     return written
+
+
+def _tokenizer(written: Mapping[str, Any]) -> dict[str, Any]:
+    """``tokenizer_config.json`` as transformers 4 spells it.
+
+    transformers 5 writes its own class TokenizersBackend, which version 4 does not know (transformers issue 47553), and
+    lists further special tokens under ``extra_special_tokens``, where version 4 wants an object. Version 5 takes both
+    spellings. trtllm-serve reads this file; the Triton models read ``tokenizer.json``.
+    """
+    found = dict(written)
+    if found.get("tokenizer_class") == "TokenizersBackend":
+        found["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(found.get("extra_special_tokens"), list):
+        found["additional_special_tokens"] = found.pop("extra_special_tokens")
+    return found
 
 
 def _write_unit_scales(config: LlamaConfig, dtype: str, file: Path) -> list[str]:
