@@ -92,12 +92,14 @@ def _repository(
 ) -> tuple[list[tuple[str, str]], dict[str, str]]:
     shared: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
+        with workspace.draft(Path(folder) / "checkpoint", "checkpoint", {"model": "MODEL"}) as draft:
+            source = draft.commit(versions={}, recipe="")
         with workspace.draft(Path(folder) / "engine", "engine", {}) as draft:
             (draft.path / "config.json").write_text(json.dumps(config))
             (draft.path / "tokenizer.json").write_text("{}")
             for rank in range(plan.tp * plan.pp):
                 (draft.path / f"rank{rank}.engine").write_bytes(b"engine")
-            write_passport(draft.path, build.passport(plan, checkpoint, "KEY"))
+            write_passport(draft.path, build.passport(plan, checkpoint, source))
             draft.commit(versions={}, recipe="")
         out = Path(folder) / "repository"
         package.package(Engine.open(Path(folder) / "engine"), out, services=plan.services)
