@@ -20,6 +20,7 @@ from tests.quantizers.foreign import test_compressed_tensors as ct
 from tests.quantizers.foreign.adopted import assert_same, dequantized
 from tests.quantizers.foreign.folders import AWQ, GPTQ, awq, gptq, write
 from tests.quantizers.foreign.test_pickled import pickled
+from toolchain import workspace
 from toolchain.checkpoint import Checkpoint
 from toolchain.errors import ArtifactError, PlanError
 from toolchain.pipeline import Job, import_model
@@ -87,8 +88,8 @@ class TestInspect:
         assert found.identity.producer.startswith("scalellm ")
         assert (found.identity.use, found.identity.weights, found.identity.group_size) == ("direct", "int4", 64)
         engine = inspect(made.folder / "engine")
-        assert engine.identity.title == "engine that scalellm made"
-        assert engine.identity.use == "refused"
+        assert engine.kind == "engine"
+        assert engine.facts["passport"]["checkpoint"] == workspace.require(made.folder / "checkpoint", "checkpoint").key
 
     def test_another_family_is_refused_by_name(self, tmp_path, random_llama):
         shutil.copytree(random_llama(), tmp_path / "other")

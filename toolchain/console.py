@@ -150,6 +150,12 @@ class Screen:
         self.table(str(one.path), ("", ""), rows)
         self.say(f"Next: {found.next}" if found.next else "")
 
+    def sheet(self, found: Any) -> None:
+        """What an engine, a repository or a TensorRT-LLM checkpoint is (``stages.inspect.Sheet``)."""
+        warnings = [("WARNING", text) for text in found.warnings]
+        self.table(str(found.path), ("", ""), [*found.rows, *warnings])
+        self.say(f"Next: {found.next}" if found.next else "")
+
     def findings(self, found: Iterable[Any]) -> None:
         """What ``doctor`` looked at (``stages.doctor.Finding``): a line each, with what to do where it is not well."""
         marks = {"absent": "-"}

@@ -67,17 +67,26 @@ def recipes_schema() -> None:
 @click.argument("path", metavar="DIR|FILE", type=PATH)
 @common
 def inspect(path: Path, json_output: bool, verbose: int) -> None:
-    """Say what the folder of a model, or a GGUF file, is, and whether and how scalellm takes it.
+    """Say what the folder of a model, a GGUF file, an engine, a repository or a TensorRT-LLM checkpoint is.
+
+    Of a model: whether and how scalellm takes it. Of an engine: for which GPU, release and limits it was built and from
+    what, whether its answers were verified, and where its files say something else.
 
     \b
     Examples:
+      scalellm inspect scalellm-work/rtx4090/engine
       scalellm inspect ./Llama-2-13B-chat-AWQ
       scalellm inspect llama-3.2-1b.Q4_0.gguf
     """
+    from toolchain.stages.inspect import Sheet
     from toolchain.stages.inspect import inspect as look
 
     screen = open_screen(json_output, verbose)
     found = look(path)
+    if isinstance(found, Sheet):
+        screen.emit(found.to_json())
+        screen.sheet(found)
+        return
     screen.emit({**vars(found), "identity": vars(found.identity)})
     screen.inspection(found)
 

@@ -1,4 +1,4 @@
-"""inspect: what a folder of a model, or a GGUF file, is: family, size, quantization, whether scalellm takes it and how.
+"""What a folder of a model, or a GGUF file, is: family, size, quantization, whether scalellm takes it and how.
 
 It reads configurations, headers and, where there are zero points, one matrix. It changes nothing.
 """
@@ -44,14 +44,10 @@ class Inspection:
 
 
 def inspect(path: Path) -> Inspection:
-    """Look at a folder or file. Raises ArtifactError where there is none."""
-    if not path.exists():
-        raise ArtifactError(f"{path}: no such file or folder", hint="scalellm inspect DIR|FILE.gguf")
+    """Look at a folder or file that is there."""
     stamp = workspace.read_stamp(path) if path.is_dir() else None
     files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
     identity = foreign.identify(path)
-    if stamp and stamp.stage in ("engine", "repository"):
-        identity = Identity(path, "scalellm", f"{stamp.stage} that scalellm made", reason="It is no model any more.")
     config = _config(identity.path)
     return Inspection(
         identity=identity,
@@ -63,7 +59,7 @@ def inspect(path: Path) -> Inspection:
         weight_files=sum(file.suffix in _WEIGHT_SUFFIXES for file in files),
         nbytes=sum(file.stat().st_size for file in files),
         stamp=f"{stamp.stage}, made {stamp.created}" if stamp else "",
-        next=_next(identity, stamp.stage if stamp else ""),
+        next=_next(identity),
     )
 
 
@@ -92,9 +88,7 @@ def _calibrated(identity: Identity) -> bool:
         return False
 
 
-def _next(identity: Identity, stage: str) -> str:
-    if stage == "repository":
-        return f"scalellm serve --repository {identity.path}"
+def _next(identity: Identity) -> str:
     if identity.use == "refused":
         return identity.hint
     build = f"scalellm build --recipe RECIPE --model {identity.path}"
