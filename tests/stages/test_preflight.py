@@ -23,6 +23,7 @@ from toolchain.plan import Plan, make_plan
 from toolchain.quantizers import peaks as quantizer_peaks
 from toolchain.recipe import available, load_recipe, parse_recipe
 from toolchain.stages.doctor import Finding, Machine, Target, look, preflight, target_of
+from toolchain.stages.doctor.preflight import PORTS_APART
 from toolchain.stages.doctor.probe import image_of, parse
 from toolchain.units import GIB, MIB
 
@@ -41,6 +42,7 @@ MACHINE = Machine(
     containers=("docker",),
     has_image=True,
     gpu_toolkit=True,
+    packages={"torch": "2", "transformers": "5"},
 )
 
 
@@ -144,7 +146,7 @@ def test_disk_counts_all_artifacts_less_what_is_there_already() -> None:
 
 
 def test_behind_ssh_each_machine_is_held_against_its_own_part() -> None:
-    laptop = Machine(ram_total=8 * GIB, ram_free=6 * GIB, disk="/home", disk_free=100 * GIB)
+    laptop = Machine(packages=MACHINE.packages, ram_total=8 * GIB, ram_free=6 * GIB, disk="/home", disk_free=100 * GIB)
     told = found(replace(MACHINE, disk_free=20 * GIB), target=Target("ssh", "gpu-box"), here=laptop)
     assert told["gpu"].ok
     assert told["ram quantize"].ok
@@ -191,7 +193,48 @@ def test_a_taken_port_is_told_with_its_owner(tmp_path: Path) -> None:
     assert one.level == "fail"
     assert f"grpc port {port} is taken by pid {os.getpid()}" in one.text
     there = found(replace(MACHINE, listening=frozenset({18002})), target=Target("ssh", "gpu-box"))["ports"]
-    assert there.text == "metrics port 18002 taken on gpu-box"
+    assert there.text == "metrics port 18002 is taken (on gpu-box)"
+
+
+def test_every_service_of_the_recipe_needs_ports_of_its_own() -> None:
+    from toolchain.stages.serve import PORTS_APART as APART
+
+    assert PORTS_APART == APART
+    text = "device: a100\nquantization: {weights: int4}\nlimits: {max_batch_size: 2}\nservices: 2\n" + PORTS
+    gpu = Gpu(0, "NVIDIA A100-SXM4-80GB", "GPU-1", 80, "590.44.01", 81920 * MIB, 81000 * MIB)
+    machine = replace(MACHINE, gpus=(gpu,), listening=frozenset({18012}))
+    assert "18010, 18011, 18012 are free" in found(machine, text)["ports"].text  # nobody listens here
+    assert found(machine, text, Target("ssh", "gpu-box"))["ports"].text.startswith("metrics port 18012 is taken")
+
+
+def test_a_freer_gpu_than_the_first_must_be_named_to_the_build() -> None:
+    two = (replace(ADA, free_bytes=GIB), replace(ADA, index=1))
+    assert found(replace(MACHINE, gpus=two))["gpu choice"].hint == "--on local:1"
+    mixed = (replace(ADA, name="Tesla T4", sm=75), replace(ADA, index=1))
+    assert found(replace(MACHINE, gpus=mixed), target=CONTAINER)["gpu choice"].hint == "--on container:1"
+    assert "gpu choice" not in found(MACHINE)
+
+
+def test_a_t4_is_warned_of_the_kernels_that_no_image_has() -> None:
+    text = "device: t4\nquantization: {weights: int4}\nlimits: {max_seq_len: 512, max_batch_size: 1}\n" + PORTS
+    one = found(MACHINE, text)["kernels"]
+    assert (one.level, "75-real" in one.text) == ("warning", True)
+    assert one.hint.startswith("scalellm commands --recipe mine")
+    assert "kernels" not in found(MACHINE)
+
+
+def test_the_packages_that_a_stage_imports_must_be_there() -> None:
+    bare_python = found(replace(MACHINE, packages={}))
+    assert bare_python["torch"].hint == "pip install 'scalellm-toolchain[quantize]'"
+    cpu = "device: cpu\nquantization: {weights: int4}\nlimits: {max_seq_len: 512, max_batch_size: 1}\n" + PORTS
+    assert {"openvino", "nvidia-pytriton"} <= set(found(MACHINE, cpu))
+    assert "openvino" not in found(MACHINE)
+
+
+def test_a_cpu_must_hold_what_it_serves() -> None:
+    cpu = "device: cpu\nquantization: {weights: int4}\nlimits: {max_seq_len: 512, max_batch_size: 1}\n" + PORTS
+    assert found(MACHINE, cpu)["ram serving"].ok
+    assert found(replace(MACHINE, ram_total=4 * GIB, ram_free=3 * GIB), cpu)["ram serving"].level == "fail"
 
 
 @pytest.mark.parametrize("name", sorted(available()))
@@ -214,7 +257,7 @@ def test_every_shipped_recipe_can_be_held_against_a_machine(name: str) -> None:
         ("local:0,1", LOCAL),
         ("container:podman,1", CONTAINER),
         ("ssh:me@gpu-box", Target("ssh", "me@gpu-box")),
-        ("ssh:gpu-box:1", Target("ssh", "gpu-box")),
+        ("ssh:gpu-box/1", Target("ssh", "gpu-box")),
     ],
 )
 def test_on_names_a_place_as_build_does(on: str, target: Target) -> None:
@@ -255,6 +298,7 @@ class TestProbe:
         program(path, "nvidia-ctk", "exit 0")
         machine = look(LOCAL, tmp_path, release)
         assert machine.gpus == (ADA,)
+        assert "torch" in machine.packages
         assert (machine.builder, machine.tensorrt_llm) == (str(path / "trtllm-build"), "1.2.1")
         assert (machine.containers, machine.refusals) == (("docker",), {})
         assert machine.has_image
@@ -278,6 +322,8 @@ class TestProbe:
         assert (tmp_path / "ssh.log").read_text().splitlines() == [
             "-o",
             "BatchMode=yes",
+            "-o",
+            "StrictHostKeyChecking=yes",
             "-o",
             "ConnectTimeout=15",
             "me@gpu-box",

@@ -20,6 +20,8 @@ from toolchain.stages.doctor.finding import Finding, absent, fail, good, warning
 from toolchain.stages.doctor.probe import Machine, Target, image_of
 from toolchain.units import format_bytes
 
+PORTS_APART = 10
+"""Between the ports of one service and the next, as ``stages.serve`` gives them out."""
 _FORWARD = "https://docs.nvidia.com/deploy/cuda-compatibility/forward-compatibility.html"
 
 
@@ -34,12 +36,18 @@ def preflight(
     found = [good("plan", f"{plan.recipe.name}: {plan.weights.name} weights, {plan.kv.name} cache, {plan.backend}")]
     builds = plan.backend == "tensorrt_engine"
     if plan.release is not None:
-        found += [*_gpus(plan, there), *_vram(plan, needs.get(("trtllm-build", "vram")), there)]
+        found += [*_gpus(plan, there), *_vram(plan, needs.get(("trtllm-build", "vram")), target, there)]
         found += _driver(plan, plan.release, there)
+        found += _kernels(plan, plan.release)
+    found += _packages(plan, here)
     found += _ram("quantize", needs.get(("quantize", "ram")), here, least=1.0)
     if builds:
         found += _ram("convert", needs.get(("convert", "ram")), here, least=1.0)
         found += _ram("trtllm-build", needs.get(("trtllm-build", "ram")), there, least=1 / BUILD_RAM_FACTOR)
+    if plan.device.is_cpu:
+        total = plan.memory.total
+        serving = Peak("serving", "ram", total, f"{plan.services} x weights, cache and process", "toolchain/memory.py")
+        found += _ram("serving", serving, here, least=1.0)
     found += _disk(needs, target, here, there, present_bytes)
     if plan.release is not None:
         found += _tensorrt_llm(plan, plan.release, target, there)
@@ -78,10 +86,11 @@ def _gpus(plan: Plan, there: Machine) -> Iterator[Finding]:
         yield good("gpu", seen)
 
 
-def _vram(plan: Plan, peak: Peak | None, there: Machine) -> Iterator[Finding]:
+def _vram(plan: Plan, peak: Peak | None, target: Target, there: Machine) -> Iterator[Finding]:
     """Free memory of the best GPUs against what the build takes there; and against what serving takes."""
     ranks = plan.tp * plan.pp
     best = sorted(fitting(plan, there), key=lambda gpu: gpu.free_bytes or 0, reverse=True)[:ranks]
+    yield from _choice(target, there, best)
     for gpu in best:
         name = f"vram {gpu.index}"
         if gpu.free_bytes is None or gpu.total_bytes is None:
@@ -98,6 +107,32 @@ def _vram(plan: Plan, peak: Peak | None, there: Machine) -> Iterator[Finding]:
             yield warning(name, f"{text}; serving takes {format_bytes(plan.memory.total)}, {short} more", stop)
         else:
             yield good(name, text)
+
+
+def _choice(target: Target, there: Machine, best: Sequence[Gpu]) -> Iterator[Finding]:
+    """A build takes the first GPUs unless it is told others."""
+    first = [gpu.index for gpu in there.gpus][: len(best)]
+    chosen = sorted(gpu.index for gpu in best)
+    if chosen != first and target.kind in ("local", "container"):
+        named = ",".join(map(str, chosen))
+        text = f"the build takes GPU {','.join(map(str, first))} unless it is told; GPU {named} fits, and has more free"
+        yield warning("gpu choice", text, f"--on {target.kind}:{named}")
+
+
+def _kernels(plan: Plan, release: Release) -> Iterator[Finding]:
+    rebuild = release.rebuild_for(plan.backend, plan.device.sm, plan.weights.name)
+    if rebuild:
+        hint = f"scalellm commands --recipe {plan.recipe.name}   # how it is built for {rebuild.architectures}"
+        yield warning("kernels", f"{rebuild.text.format(weights=plan.weights.name)} ({rebuild.why})", hint)
+
+
+def _packages(plan: Plan, here: Machine) -> Iterator[Finding]:
+    """Python packages of this machine: what quantizes, and on a CPU what runs the engine."""
+    needed = {"torch": "quantize", "transformers": "quantize"} if plan.weights.quant_algo or plan.calibrates else {}
+    if plan.device.is_cpu:
+        needed |= {"openvino": "cpu", "openvino-genai": "cpu", "nvidia-pytriton": "cpu", "transformers": "cpu"}
+    for name in (one for one in needed if one not in here.packages):
+        yield fail(name, "not installed", f"pip install 'scalellm-toolchain[{needed[name]}]'")
 
 
 def _driver(plan: Plan, release: Release, there: Machine) -> Iterator[Finding]:
@@ -199,17 +234,21 @@ def _container(release: Release, target: Target, there: Machine) -> Iterator[Fin
 
 
 def _ports(plan: Plan, target: Target, there: Machine) -> Iterator[Finding]:
-    asked = plan.recipe.serve
-    ports = Ports(http=asked.http_port, grpc=asked.grpc_port, metrics=asked.metrics_port)
-    if target.host:
-        taken = [f"{name} port {port}" for name, port in ports.named().items() if port in there.listening]
-        shown = f"{', '.join(taken)} taken {target.where}"
-        free = good("ports", f"{', '.join(map(str, ports.named().values()))} are free {target.where}")
-        yield fail("ports", shown, "serve: another port in the recipe, or a flag of scalellm serve") if taken else free
-        return
-    try:
-        check_ports(asked.host, ports)
-    except EndpointError as error:
-        yield fail("ports", error.message, error.hint)
+    asked, taken = plan.recipe.serve, list[str]()
+    first = {"http": asked.http_port, "grpc": asked.grpc_port, "metrics": asked.metrics_port}
+    places = [{name: port + PORTS_APART * number for name, port in first.items()} for number in range(plan.services)]
+    hint = "serve: another port in the recipe, or a flag of scalellm serve"
+    for place in places:
+        if target.host:
+            taken += [f"{name} port {port} is taken" for name, port in place.items() if port in there.listening]
+            continue
+        try:
+            check_ports(asked.host, Ports(**place))
+        except EndpointError as error:
+            taken.append(error.message)
+            hint = error.hint
+    if taken:
+        yield fail("ports", f"{'; '.join(taken)} ({target.where})", hint)
     else:
-        yield good("ports", f"{', '.join(map(str, ports.named().values()))} are free on {asked.host}")
+        where = target.where if target.host else f"on {asked.host}"
+        yield good("ports", f"{', '.join(str(port) for place in places for port in place.values())} are free {where}")

@@ -5,9 +5,12 @@ The script is POSIX sh and needs only what every Linux has; what a machine lacks
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import shlex
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from toolchain import gpu, installed, runner
@@ -17,6 +20,7 @@ from toolchain.release import Release
 
 REGISTRY = "nvcr.io/nvidia/"
 TOOLS = ("docker", "podman")
+PACKAGES = ("torch", "transformers", "openvino", "openvino-genai", "nvidia-pytriton")
 
 _KIB = 1024
 _TIMEOUT_S = 120.0
@@ -75,6 +79,8 @@ class Machine:
     """Whether the programs are there that give a container its GPUs."""
     listening: frozenset[int] = frozenset()
     """TCP ports in use, on whichever address."""
+    packages: dict[str, str] = field(default_factory=dict)
+    """Distribution -> version, of those in ``PACKAGES`` that our own Python has; empty of another machine."""
 
 
 def image_of(release: Release) -> str:
@@ -89,7 +95,7 @@ def look(target: Target, folder: Path, release: Release | None) -> Machine:
     """
     script = _script(None if target.host else folder, image_of(release) if release else "none")
     if target.host:
-        options = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=15")
+        options = ("-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=yes", "-o", "ConnectTimeout=15")
         argv = ("ssh", *options, target.host, f"sh -c {shlex.quote(script)}")
         hint = f"ssh {target.host} true   # must work without a password"
         return parse(runner.run(argv, timeout_s=_TIMEOUT_S, hint=hint).stdout)
@@ -97,7 +103,13 @@ def look(target: Target, folder: Path, release: Release | None) -> Machine:
         text = runner.run(("sh", "-c", script), timeout_s=_TIMEOUT_S, check=False).stdout
     except ToolError as error:  # a container daemon that hangs
         raise ToolError(error.message, hint="docker info   # does it answer?") from error
-    return parse(text, gpu.gpus())
+    return replace(parse(text, gpu.gpus()), packages=dict(_packages()))
+
+
+def _packages() -> Iterator[tuple[str, str]]:
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            yield name, importlib.metadata.version(name)
 
 
 def _script(folder: Path | None, image: str) -> str:
