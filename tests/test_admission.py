@@ -148,6 +148,15 @@ class TestEngine:
         assert 'tensorrt_llm: "1.1.0"' in caught.value.hint
         assert admit(repository, asked(own_tensorrt_llm=False), environment(path)) == Admission()  # a container's own
 
+    def test_weights_that_a_runtime_reads_are_bound_to_no_gpu(self, path: Path, tmp_path: Path) -> None:
+        (tmp_path / "tensorrt_llm" / "1" / "engine").mkdir(parents=True)
+        passport = json.loads((repository_of(tmp_path / "one") / ENGINE / "engine.json").read_text())
+        file = tmp_path / ENGINE / "engine.json"
+        file.write_text(json.dumps(passport | {"backend": "tensorrt_llmapi"}))
+        nvidia_smi(path, T4)
+        trtllm_build(path, "1.1.0")
+        assert admit(tmp_path, Asked(), environment(path)) == Admission()
+
     def test_a_build_after_the_release_is_the_release(self, path: Path, tmp_path: Path) -> None:
         trtllm_build(path, "0.17.0.post1")
         assert admit(repository_of(tmp_path / "old", "0.17.0"), asked(), environment(path)) == Admission()

@@ -23,6 +23,8 @@ from toolchain.variant import for_device
 ENGINE = "tensorrt_llm/1/engine/"
 """Where a repository has the engine's files (``stages.package``)."""
 
+BOUND = "tensorrt_engine"
+"""The backend whose engines run on one SM and with one release; the others read weights, not compiled code."""
 _NOT_BUILT = {"serve", "description", "per_device"}
 """Keys of a recipe that change nothing about what was built for one device."""
 
@@ -66,11 +68,11 @@ def admit(repository: Path, asked: Asked, environ: Mapping[str, str] = os.enviro
     stamp = workspace.read_stamp(repository)
     if stamp:
         _same_recipe(repository, stamp.recipe, passport, asked)
-    if passport.backend == "tensorrt_engine":
+    if passport.backend == BOUND:
         EngineConfig.read(repository / ENGINE).check(passport)
-    _same_gpu(repository, passport, asked)
-    if asked.own_tensorrt_llm:
-        _same_release(repository, passport, asked, environ)
+        _same_gpu(repository, passport, asked)
+        if asked.own_tensorrt_llm:
+            _same_release(repository, passport, asked, environ)
     verdict = accuracy.read_verdict(repository, accuracy.digest_of(stamp.files, ENGINE)) if stamp else None
     return _verified(repository, passport, verdict, asked)
 
