@@ -55,6 +55,13 @@ def test_every_shipped_recipe_has_the_gate_that_its_engine_deserves(name: str) -
         assert plan.gate == wanted.get(name)
 
 
+def test_the_plan_of_a_t4_prints_the_command_of_the_wheel_once() -> None:
+    plan = plan_of(T4 + "quantization: {weights: int4}")
+    wheel = "python3 scripts/build_wheel.py --clean --cuda_architectures 75-real --trt_root /usr/local/tensorrt"
+    assert sum(wheel in warning for warning in plan.warnings) == 1
+    assert sum("75-real" in warning for warning in plan.warnings) == 1
+
+
 FILES = {"rank0.engine": FileRecord(5, "aa", 1), "config.json": FileRecord(6, "bb", 2)}
 
 

@@ -184,6 +184,7 @@ def test_int4_and_int8_on_a_t4_want_a_build_of_ones_own_and_nothing_else_does() 
             assert found.architectures == "75-real"
             assert any(f"v{version}" in step.argv for step in found.steps)
             assert not any("{" in word for step in found.steps for word in (*step.argv, step.says, step.where))
+        assert "{" not in release.rebuilds[0].told("int4")
         assert release.rebuild_for("tensorrt_engine", 75, "none") is None  # plain matrices are cuBLAS's
         assert release.rebuild_for("tensorrt_engine", 89, "int4") is None
     assert releases()["0.14.0"].rebuild_for("tensorrt_engine", 75, "int4") is None

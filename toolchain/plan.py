@@ -380,6 +380,6 @@ def _warnings(
         yield "int4 weights save memory and speed up decoding, not the first token (TensorRT-LLM issues 1565, 2487)"
     rebuild = release.rebuild_for(backend, target.sm, weights.name) if release else None
     if rebuild:
-        yield f"{rebuild.text.format(weights=weights.name)} ({rebuild.why})"
+        yield rebuild.told(weights.name)
     if recipe.services > 1 and backend != "openvino":
         yield "NVIDIA advises against several engines on one GPU (tensorrtllm_backend docs/llama_multi_instance.md)"

@@ -7,6 +7,7 @@ know devices or quantizations by name: the formats that one needs come in the wo
 from __future__ import annotations
 
 import functools
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -58,6 +59,11 @@ class Rebuild:
     steps: tuple[RebuildStep, ...]
     source: str
     date: str
+
+    def told(self, weights: str) -> str:
+        """What to know before building an engine of these weights, with the command of the wheel, and the source."""
+        wheel = next(shlex.join(step.argv) for step in self.steps if step.name == "wheel")
+        return f"{self.text.format(weights=weights, wheel=wheel)} ({self.why})"
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def _kernels(plan: Plan, release: Release) -> Iterator[Finding]:
     rebuild = release.rebuild_for(plan.backend, plan.device.sm, plan.weights.name)
     if rebuild:
         hint = f"scalellm commands --recipe {plan.recipe.name}   # how it is built for {rebuild.architectures}"
-        yield warning("kernels", f"{rebuild.text.format(weights=plan.weights.name)} ({rebuild.why})", hint)
+        yield warning("kernels", rebuild.told(plan.weights.name), hint)
 
 
 def _packages(plan: Plan, here: Machine) -> Iterator[Finding]:
