@@ -171,6 +171,18 @@ def test_without_a_builder_the_image_is_named() -> None:
     assert "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3" in one.hint
 
 
+def test_behind_ssh_a_container_of_the_image_takes_the_builders_place() -> None:
+    nothing, there = replace(MACHINE, builder=None, tensorrt_llm=None), Target("ssh", "gpu-box")
+    used = found(nothing, target=there)["tensorrt-llm"]
+    assert used.ok
+    assert "which is used instead" in used.text
+    pull = found(replace(nothing, has_image=False), target=there)["tensorrt-llm"]
+    assert (pull.level, pull.hint.startswith("ssh gpu-box docker pull nvcr.io/")) == ("fail", True)
+    assert found(replace(nothing, containers=()), target=there)["tensorrt-llm"].level == "fail"
+    assert found(nothing)["tensorrt-llm"].level == "fail"  # --on local starts no container
+    assert found(nothing, "backend: tensorrt_llmapi\n" + FP8)["tensorrt-llm"].ok  # nothing is compiled, and serve does
+
+
 def test_a_container_needs_a_tool_that_answers_an_image_and_no_builder() -> None:
     nothing = replace(MACHINE, builder=None, tensorrt_llm=None)
     assert {one.level for one in found(nothing, target=CONTAINER).values()} <= {"ok", "absent"}

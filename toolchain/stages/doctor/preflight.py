@@ -193,22 +193,36 @@ def _room(name: str, machine: Machine, needed: int, why: str) -> Iterator[Findin
 
 
 def _tensorrt_llm(plan: Plan, release: Release, target: Target, there: Machine) -> Iterator[Finding]:
-    """The installed TensorRT-LLM, which a container does not use."""
-    name, wanted, found = "tensorrt-llm", release.version, there.tensorrt_llm
-    image = image_of(release)
+    """The installed TensorRT-LLM; behind ssh, and to serve weights, a container of the image does as well."""
+    name, found, image = "tensorrt-llm", there.tensorrt_llm, image_of(release)
+    usable = [tool for tool in there.containers if tool not in there.refusals]
+    wrong = _unusable(plan, release, target, there)
+    elsewhere = target.host or plan.backend != "tensorrt_engine"
     if target.kind == "container":
         shown = f"{found} is installed; " if found else ""
         yield absent(name, f"{shown}the one of the image is used")
-    elif plan.backend == "tensorrt_engine" and there.builder is None:
-        hint = f"Run inside {image}, or build with --on container"
-        yield fail(name, f"no trtllm-build on PATH {target.where}", hint)
-    elif found is None:
-        yield fail(name, f"not installed {target.where}", f"Run inside {image}")
-    elif not is_release(found, wanted):
-        hint = f'Run inside {image}, or pin the recipe: tensorrt_llm: "{found}", if scalellm knows that release'
-        yield fail(name, f"{found} is installed and the plan is for {wanted}: engines do not cross releases", hint)
-    else:
+    elif not wrong:
         yield good(name, f"{found} ({there.builder or 'python3'})")
+    elif elsewhere and usable and there.has_image:
+        yield good(name, f"{wrong}; {usable[0]} has {image}, which is used instead")
+    elif target.host and usable:
+        yield fail(name, f"{wrong}, and {usable[0]} has no {image}", f"ssh {target.host} {usable[0]} pull {image}")
+    else:
+        inside = f"Run inside {image}" + ("" if target.host else ", or build with --on container")
+        pin = f', or pin the recipe: tensorrt_llm: "{found}", if scalellm knows that release' if found else ""
+        yield fail(name, wrong, inside + pin)
+
+
+def _unusable(plan: Plan, release: Release, target: Target, there: Machine) -> str:
+    """Why the installed TensorRT-LLM does not do; empty where it does."""
+    if plan.backend == "tensorrt_engine" and there.builder is None:
+        return f"no trtllm-build on PATH {target.where}"
+    if there.tensorrt_llm is None:
+        return f"not installed {target.where}"
+    if not is_release(there.tensorrt_llm, release.version):
+        both = f"{there.tensorrt_llm} is installed and the plan is for {release.version}"
+        return f"{both}: engines do not cross releases"
+    return ""
 
 
 def _container(release: Release, target: Target, there: Machine) -> Iterator[Finding]:
