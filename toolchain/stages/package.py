@@ -131,6 +131,9 @@ def defaults(engine: Engine) -> dict[str, Value]:
         "postprocessing_instance_count": 1,
         "bls_max_concurrent_requests": limits.max_batch_size + _queue(engine),
         "tensorrt_llm_model_name": ENGINE_MODEL,
+        "tensorrt_llm_draft_model_name": "",
+        "num_draft_tokens": 0,
+        "draft_max_seq_len": 0,
         "engine_door": "line" if passport.backend in _SHARED_WITH_ENGINE else "bls",
     }
     if passport.backend == RENDERED:

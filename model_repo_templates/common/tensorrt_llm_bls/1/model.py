@@ -14,6 +14,7 @@ from typing import Any
 from doors import BlsDoor, Door, LineDoor
 from prompts import Prompts
 from relay import Relay, Setting
+from speculation import Drafts
 from tensors import refuse_unsound_numpy, settings
 from tokenizer import Tokenizer
 
@@ -27,7 +28,7 @@ class TritonPythonModel:
         refuse_unsound_numpy()
         parameters, folder = settings(args)
         tokenizer = Tokenizer(folder)
-        self._setting = Setting(tokenizer, _door(tokenizer, parameters), parameters)
+        self._setting = Setting(tokenizer, _door(tokenizer, parameters), parameters, _drafts(parameters))
         self._limit = int(parameters["max_concurrent_requests"])
         self._pool = ThreadPoolExecutor(self._limit, thread_name_prefix="relay")
         self._relays: set[Relay] = set()
@@ -82,3 +83,11 @@ def _door(tokenizer: Tokenizer, parameters: dict[str, str]) -> Door:
         vocab_size=int(parameters["vocab_size"]),
     )
     return LineDoor(engine, prompts)
+
+
+def _drafts(parameters: dict[str, str]) -> Drafts | None:
+    """The draft engine, where the repository has one."""
+    name = parameters["tensorrt_llm_draft_model_name"]
+    if not name:
+        return None
+    return Drafts(BlsDoor(name), int(parameters["num_draft_tokens"]), int(parameters["draft_max_seq_len"]))

@@ -12,9 +12,10 @@ import triton_python_backend_utils as pb_utils
 from answers import Answers
 from detokenizer import Anchor
 from doors import Door, FailedError, as_tensors
+from speculation import Drafts, Speculation, tokens_to_draft
 from tensors import RefusedError, read, scalar, strings
 from tokenizer import Tokenizer
-from wiring import EngineNames, to_engine, to_preprocessing, wanted_outputs
+from wiring import NEWEST, EngineNames, to_engine, to_preprocessing, wanted_outputs
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -22,11 +23,14 @@ _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 class Setting:
     """What all requests share."""
 
-    def __init__(self, tokenizer: Tokenizer, door: Door, parameters: dict[str, str]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, door: Door, parameters: dict[str, str], drafts: Drafts | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.anchor = Anchor(tokenizer)
         self.door = door
         self.engine = EngineNames.of(parameters)
+        self.drafts = drafts
         self.skip_special = parameters["skip_special_tokens"].lower() in {"true", "1", "yes"}
         self.exclude_input = parameters["exclude_input_in_output"].lower() in {"true", "1", "yes"}
 
@@ -45,6 +49,7 @@ class Relay:
         self._done = False
         self._cancelled = False
         self._engine_busy = False
+        self._engine: Door | Speculation = setting.door
 
     def run(self) -> None:
         """Answer the request: responses, then exactly one that is final."""
@@ -65,7 +70,7 @@ class Relay:
                 return
             self._cancelled = True
         with suppress(FailedError):
-            self._setting.door.stop(self._id)
+            self._engine.stop(self._id)
 
     def fail(self, message: str, code: str | int) -> None:
         """The final response is an error."""
@@ -79,7 +84,11 @@ class Relay:
         streaming = bool(scalar(inputs, "stream", False))
         piecewise = streaming or (bool(stop_words) and scalar(inputs, "beam_width", 1) == 1)
         answers = Answers(setting.tokenizer, setting.anchor, stop_words, setting.skip_special)
-        tensors = to_engine(inputs, prepared, streaming=piecewise, engine=setting.engine)
+        engine = NEWEST if setting.drafts else setting.engine
+        tensors = to_engine(inputs, prepared, streaming=piecewise, engine=engine)
+        tokens = tokens_to_draft(inputs, tensors, setting.drafts)
+        if setting.drafts:
+            self._engine = Speculation(setting.door, setting.drafts, tokens, setting.engine.inputs)
         self._follow(answers, tensors, streaming)
         if self._cancelled:
             raise FailedError("the client cancelled this request", "CANCELLED")
@@ -88,13 +97,13 @@ class Relay:
 
     def _follow(self, answers: Answers, tensors: dict[str, np.ndarray], streaming: bool) -> None:
         """Take the engine's responses as they come; stop it when every sequence has met a stop word."""
-        door, stopped = self._setting.door, False
+        engine, stopped = self._engine, False
         self._engine_busy = True
-        for outputs in door.generate(self._id, tensors, wanted_outputs(self._inputs, self._setting.engine)):
+        for outputs in engine.generate(self._id, tensors, wanted_outputs(self._inputs, self._setting.engine)):
             index = answers.push(outputs)
             if answers.all_stopped and not stopped:
                 stopped = True
-                door.stop(self._id)
+                engine.stop(self._id)
             if streaming:
                 self._send_piece(*answers.take(index))
         self._engine_busy = False

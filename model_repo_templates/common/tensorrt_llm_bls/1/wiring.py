@@ -11,14 +11,11 @@ import numpy as np
 from tensors import RefusedError, refuse, says_nothing, scalar
 
 _IMAGES = "this model takes text only"
-_DRAFT = "speculative decoding with a draft model is not set up on this server"
 UNSUPPORTED = {
     "image_input": _IMAGES,
     "image_bytes_input": _IMAGES,
     "image_url_input": _IMAGES,
     "video_bytes_input": _IMAGES,
-    "num_draft_tokens": _DRAFT,
-    "use_draft_logits": _DRAFT,
 }
 _TO_PREPROCESSING = {
     "QUERY": "text_input",
