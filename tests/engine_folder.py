@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,20 @@ def write_engine(
         write_passport(draft.path, Passport(**{**fields, **passport}))
         draft.commit(versions={}, recipe="")
     return Engine.open(target)
+
+
+DRAFTED = 4
+"""Tokens that the engine of ``write_pair`` is built to check in one step."""
+
+
+def write_pair(folder: Path, release: str, tokenizer: Path | None = None) -> tuple[Engine, Engine]:
+    """An engine that is built for a draft model, and the draft's own, which knows fewer positions."""
+    config = config_json(release, replace(LIMITS, max_seq_len=LIMITS.max_seq_len + DRAFTED))
+    config["build_config"]["max_draft_len"] = DRAFTED
+    cache = {"max_tokens_in_paged_kv_cache": 2048, "enable_kv_cache_reuse": True, "enable_chunked_context": True}
+    runtime = {**cache, "draft": {"tokens": DRAFTED}}
+    engine = write_engine(folder / "engine", release, tokenizer=tokenizer, config=config, runtime=runtime)
+    shorter = replace(LIMITS, max_seq_len=96, max_input_len=96)
+    config = config_json(release, shorter)
+    draft = write_engine(folder / "draft", release, tokenizer=tokenizer, config=config, runtime=cache, limits=shorter)
+    return engine, draft

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from toolchain.engine import Engine
+from tests.engine_folder import config_json
+from toolchain.engine import Engine, Limits
 from toolchain.errors import PlanError
 from toolchain.host import EngineJob, HostCommand
 from toolchain.pipeline import Job
 from toolchain.progress import Progress, Silent
 from toolchain.recipe import load_recipe
+from toolchain.repository import Repository
 from toolchain.vocabulary import difference
 
 MADE = ["checkpoint", "draft/checkpoint", "trtllm-checkpoint", "draft/trtllm-checkpoint", "engine", "draft/engine"]
@@ -44,7 +46,14 @@ class Bench:
 
     def build(self, job: EngineJob, log: Path, progress: Progress) -> None:
         self.built.append(job)
-        (job.out / "config.json").write_text(json.dumps(job.argv("in", "out")))
+        argv = job.argv("in", "out")
+        passed = dict(zip((word.removeprefix("--") for word in argv[1::2]), argv[2::2], strict=True))
+        drafted = int(passed.get("max_draft_len", 0))
+        numbers = {name: int(passed[name]) for name in ("max_batch_size", "max_input_len", "max_num_tokens")}
+        limits = Limits(**numbers, max_seq_len=int(passed["max_seq_len"]) + drafted)
+        config = config_json(job.release.version, limits, vocab=320)
+        config["build_config"]["max_draft_len"] = drafted
+        (job.out / "config.json").write_text(json.dumps(config))
         (job.out / "rank0.engine").write_text(job.recipe)
 
 
@@ -66,8 +75,8 @@ def job(
     return Job(load_recipe(str(recipe)), str(model), folder / "work", Silent(), host=host or Bench())
 
 
-def actions(made: Job) -> dict[str, str]:
-    return {result.state.name: result.action for result in made.run("engine")}
+def actions(made: Job, until: str = "engine") -> dict[str, str]:
+    return {result.state.name: result.action for result in made.run(until)}
 
 
 def test_draft_is_quantized_converted_and_built_beside_the_model(tmp_path: Path, model: Path, small: Path) -> None:
@@ -84,6 +93,21 @@ def test_draft_is_quantized_converted_and_built_beside_the_model(tmp_path: Path,
     assert target.runtime["max_tokens_in_paged_kv_cache"] == draft.runtime["max_tokens_in_paged_kv_cache"]
     assert target.argv[target.argv.index("--max_draft_len") + 1] == "4"
     assert "--max_draft_len" not in draft.argv
+
+
+def test_repository_holds_both_engines_and_follows_the_draft(
+    tmp_path: Path, model: Path, small: Path, random_llama: Callable[..., Path]
+) -> None:
+    made = job(tmp_path, model, small)
+    assert list(actions(made, "repository")) == [*MADE, "repository"]
+    found = Repository.open(made.folder / "repository")
+    assert {"tensorrt_llm", "tensorrt_llm_draft"} <= set(found.models)
+    assert found.parameters["num_draft_tokens"] == 4
+    assert actions(job(tmp_path, model, small), "repository") == dict.fromkeys([*MADE, "repository"], "kept")
+    other = job(tmp_path, model, random_llama(hidden_size=128, intermediate_size=512, num_hidden_layers=1))
+    repository = other.states()[-1]
+    assert repository.reasons == ("its draft changed",)
+    assert actions(other, "repository")["repository"] == "made"
 
 
 def test_second_build_keeps_both_and_a_changed_draft_keeps_the_model(

@@ -51,8 +51,17 @@ def test_every_difference_is_told_at_once(tmp_path: Path) -> None:
 def test_a_drafts_tokens_are_not_part_of_the_limit(tmp_path: Path) -> None:
     config = config_json("1.2.1", replace(LIMITS, max_seq_len=LIMITS.max_seq_len + 10))
     config["build_config"]["max_draft_len"] = 10
-    engine = write_engine(tmp_path / "engine", "1.2.1", config=config)
+    runtime = {"enable_kv_cache_reuse": True, "draft": {"tokens": 10}}
+    engine = write_engine(tmp_path / "engine", "1.2.1", config=config, runtime=runtime)
     EngineConfig.read(engine.path).check(engine.passport)
+
+
+def test_an_engine_for_more_drafted_tokens_than_its_passport_says_is_told(tmp_path: Path) -> None:
+    config = config_json("1.2.1")
+    config["build_config"]["max_draft_len"] = 10
+    engine = write_engine(tmp_path / "engine", "1.2.1", config=config)
+    with pytest.raises(ArtifactError, match="max_draft_len is 10, the passport says 0"):
+        EngineConfig.read(engine.path).check(engine.passport)
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,7 @@ class EngineConfig:
             "max_batch_size": (self.max_batch_size, limits.max_batch_size),
             "max_seq_len": (self.max_seq_len - draft, limits.max_seq_len),
             "max_num_tokens": (self.max_num_tokens, limits.max_num_tokens),
+            "max_draft_len": (draft, passport.runtime.get("draft", {}).get("tokens", 0)),
             "tp_size": (self.tp, passport.tp),
             "pp_size": (self.pp, passport.pp),
             "quant_algo": (self.quant_algo, WEIGHTS[passport.weights].quant_algo),

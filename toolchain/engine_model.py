@@ -13,7 +13,8 @@ from toolchain.engine_config import EngineConfig
 from toolchain.errors import ArtifactError
 from toolchain.memory import KV_FREE_FRACTION
 from toolchain.release import releases
-from toolchain.triton_model import LOGITS, Setting, TritonModel, config, triton_model
+from toolchain.triton_model import LOGITS, NAME, Setting, TritonModel, config, triton_model
+from toolchain.vocabulary import difference
 
 SCHEDULER = "guaranteed_no_evict"
 """Never takes back a sequence that has begun: the default of every release, and what the plan's token budget is for."""
@@ -84,8 +85,8 @@ class EngineModel:
             )
         return found
 
-    def config(self, engine_folder: str, max_queue_size: int) -> str:
-        """The text of config.pbtxt; ``engine_folder`` as the server finds it."""
+    def config(self, engine_folder: str, max_queue_size: int, *, name: str = NAME) -> str:
+        """The text of config.pbtxt; ``engine_folder`` as the server finds it, ``name`` as Triton calls the model."""
         runtime = {name: value for name in _RUNTIME if (value := self.passport.runtime.get(name)) is not None}
         if {"max_attention_window_size", "sink_token_length"} & set(runtime):
             runtime["enable_kv_cache_reuse"] = False  # blocks of a window are overwritten, and sinks turn reuse off
@@ -104,4 +105,32 @@ class EngineModel:
             max_batch_size=self.built.max_batch_size,
             max_queue_size=max_queue_size,
             logits=self.logits,
+            name=name,
         )
+
+
+def check_draft(engine: Engine, draft: Engine | None) -> None:
+    """Raise ArtifactError, with every reason, where a draft's engine is missing, not wanted, or does not fit."""
+    rebuild, wanted = "scalellm build --recipe RECIPE", "draft" in engine.passport.runtime
+    if draft is None or not wanted:
+        if wanted:
+            raise ArtifactError(f"{engine.path}: it is built for a draft model, and there is none", hint=rebuild)
+        if draft:
+            raise ArtifactError(f"{engine.path}: it is not built for a draft model ({draft.path})", hint=rebuild)
+        return
+    here, there = engine.passport, draft.passport
+    pairs = {
+        "backend": (there.backend, here.backend),
+        "release": (there.release, here.release),
+        "device": (there.device, here.device),
+        "tp": (there.tp, here.tp),
+        "pp": (there.pp, here.pp),
+    }
+    found = [f"its {name} is {own}, the engine's {other}" for name, (own, other) in pairs.items() if own != other]
+    if not there.runtime.get("enable_kv_cache_reuse"):
+        found.append("it cannot reuse its cache")
+    if different := difference(engine.path, draft.path):
+        found.append(f"its tokenizer is another: {different}")
+    if found:
+        listed = "".join(f"\n  - {line}" for line in found)
+        raise ArtifactError(f"{draft.path}: not a draft for {engine.path}:{listed}", hint=rebuild)

@@ -96,7 +96,13 @@ def triton_model(version: str) -> TritonModel:
 
 
 def config(
-    model: TritonModel, settings: Mapping[str, Setting], *, max_batch_size: int, max_queue_size: int, logits: str
+    model: TritonModel,
+    settings: Mapping[str, Setting],
+    *,
+    max_batch_size: int,
+    max_queue_size: int,
+    logits: str,
+    name: str = NAME,
 ) -> str:
     """The text of config.pbtxt, decoupled, for one instance.
 
@@ -109,7 +115,7 @@ def config(
     lines = [
         f"# Token ids to token ids: a TensorRT-LLM {model.version} engine behind NVIDIA's C++ backend.",
         "# gpt_model_path is relative to the folder that the server is started in: start it in the repository.",
-        f'name: "{NAME}"',
+        f'name: "{name}"',
         f'backend: "{BACKEND}"',
         f"max_batch_size: {max_batch_size}",
         "model_transaction_policy { decoupled: true }",

@@ -256,7 +256,9 @@ class Job:
         return Order(self.plan, source, out, self.progress, key, self.host, self.folder / "build.log")
 
     def _make_repository(self, draft: Draft) -> None:
-        hashes = package_stage.package(Engine.open(self.folder / "engine"), draft.path, services=self.plan.services)
+        second = Engine.open(self.draft.folder / "engine") if self.draft else None
+        engine, services = Engine.open(self.folder / "engine"), self.plan.services
+        hashes = package_stage.package(engine, draft.path, services=services, draft=second)
         for file, digest in hashes.items():
             draft.known_hash(file, digest)
 

@@ -77,6 +77,7 @@ _HASHES = {
     "model": "the model's files changed",
     "checkpoint": "its checkpoint changed",
     "engine": "its engine changed",
+    "draft": "its draft changed",
     "templates": "the templates changed",
     "calibration.digest": "the text that it is calibrated on changed",
 }

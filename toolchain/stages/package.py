@@ -1,6 +1,7 @@
 """Write the Triton model repository that serves an engine.
 
     OUT/preprocessing  OUT/tensorrt_llm  OUT/postprocessing  OUT/ensemble  OUT/tensorrt_llm_bls      (version folder 1)
+    OUT/tensorrt_llm_draft    where there is a draft model, the same as tensorrt_llm with its own engine and numbers
 
 The models' files come from ``model_repo_templates``: ``common`` is the same for every backend, ``tensorrt_llm`` comes
 from the backend's own folder, or, for a TensorRT-LLM engine, from what its release knows (``engine_model``), and the
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain import workspace
 from toolchain.engine import Engine
-from toolchain.engine_model import EngineModel
+from toolchain.engine_model import EngineModel, check_draft
 from toolchain.errors import ArtifactError
 from toolchain.repository import CONTENTS, IMAGES, Value, fit_ensemble, render_all
 from toolchain.triton_model import NAME
@@ -31,6 +32,7 @@ VERSION = "1"
 
 COMMON = ("preprocessing", "postprocessing", "tensorrt_llm_bls", "ensemble")
 ENGINE_MODEL = NAME
+DRAFT_MODEL = "tensorrt_llm_draft"
 RENDERED = "tensorrt_engine"
 """The backend whose ``tensorrt_llm`` is NVIDIA's own, in the engine's release."""
 _SHARED = {
@@ -82,14 +84,20 @@ def inputs(plan: Plan, engine_key: str) -> dict[str, Any]:
 
 
 def package(
-    engine: Engine, out: Path, *, services: int = 1, parameters: Mapping[str, Value] | None = None
+    engine: Engine,
+    out: Path,
+    *,
+    services: int = 1,
+    parameters: Mapping[str, Value] | None = None,
+    draft: Engine | None = None,
 ) -> dict[str, str]:
     """Write the repository of ``engine`` into the draft folder ``out``.
 
-    ``services`` servers will be started on it. ``parameters`` replaces values of ``defaults(engine)``. Returns the
-    sha256 of the engine's own files by their path in ``out``, so that nobody has to read the weights again. Raises
-    ArtifactError for a backend without templates, an unknown parameter, an engine without a tokenizer, and one that is
-    not what its passport says.
+    ``draft`` is the engine of the draft model, where ``engine`` is built for one. ``services`` servers will be started
+    on it. ``parameters`` replaces values of ``defaults(engine)``. Returns the sha256 of the engines' own files by their
+    path in ``out``, so that nobody has to read the weights again. Raises ArtifactError for a backend without templates,
+    an unknown parameter, an engine without a tokenizer, one that is not what its passport says, and two that do not
+    fit together.
     """
     templates = workspace.shipped("model_repo_templates")
     backend = engine.passport.backend
@@ -98,7 +106,8 @@ def package(
         sources[ENGINE_MODEL] = templates / backend / ENGINE_MODEL
         if not sources[ENGINE_MODEL].is_dir():
             raise ArtifactError(f"{engine.path}: there are no templates for the backend {backend!r} in {templates}")
-    values = {**defaults(engine), **(parameters or {})}
+    check_draft(engine, draft)
+    values = {**defaults(engine), **_drafting(engine, draft), **(parameters or {})}
     texts = {name: (source / "config.pbtxt").read_text(encoding="utf-8") for name, source in sources.items()}
     if backend == RENDERED:
         model = EngineModel.of(engine)
@@ -106,11 +115,15 @@ def package(
     configurations = render_all(texts, values)
     if backend == RENDERED:
         configurations[ENGINE_MODEL] = model.config(f"{ENGINE_MODEL}/1/engine", _queue(engine))
+    if draft:
+        folder, second = f"{DRAFT_MODEL}/1/engine", EngineModel.of(draft)
+        configurations[DRAFT_MODEL] = second.config(folder, _queue(engine), name=DRAFT_MODEL)
     for name, text in configurations.items():
         _write_model(out / name, sources.get(name), text)
         for shared in _shared(name, backend):
             shutil.copyfile(templates / "common" / "shared" / shared, out / name / "1" / shared)
-    known = _place_tokenizer(engine, out) | _place_engine(engine, out)
+    known = _place_tokenizer(engine, out) | _place_engine(engine, out, ENGINE_MODEL)
+    known |= _place_engine(draft, out, DRAFT_MODEL) if draft else {}
     contents = {**_contents(engine, services), "models": sorted(configurations), "parameters": values}
     workspace.write_durably(out / CONTENTS, (json.dumps(contents, indent=2, sort_keys=True) + "\n").encode())
     return known
@@ -131,9 +144,6 @@ def defaults(engine: Engine) -> dict[str, Value]:
         "postprocessing_instance_count": 1,
         "bls_max_concurrent_requests": limits.max_batch_size + _queue(engine),
         "tensorrt_llm_model_name": ENGINE_MODEL,
-        "tensorrt_llm_draft_model_name": "",
-        "num_draft_tokens": 0,
-        "draft_max_seq_len": 0,
         "engine_door": "line" if passport.backend in _SHARED_WITH_ENGINE else "bls",
     }
     if passport.backend == RENDERED:
@@ -148,6 +158,15 @@ def defaults(engine: Engine) -> dict[str, Value]:
         "max_queue_size": _queue(engine),
         "max_beam_width": 4,
         "status_file": "",
+    }
+
+
+def _drafting(engine: Engine, draft: Engine | None) -> dict[str, Value]:
+    """What ``tensorrt_llm_bls`` must know of the draft model."""
+    return {
+        "tensorrt_llm_draft_model_name": DRAFT_MODEL if draft else "",
+        "num_draft_tokens": engine.passport.runtime["draft"]["tokens"] if draft else 0,
+        "draft_max_seq_len": draft.passport.limits.max_seq_len if draft else 0,
     }
 
 
@@ -194,8 +213,8 @@ def _place_tokenizer(engine: Engine, out: Path) -> dict[str, str]:
     }
 
 
-def _place_engine(engine: Engine, out: Path) -> dict[str, str]:
-    version = Path(ENGINE_MODEL) / "1"
+def _place_engine(engine: Engine, out: Path, model: str) -> dict[str, str]:
+    version = Path(model) / "1"
     beside = _place(engine, list(_BESIDE_THE_MODEL.get(engine.passport.backend, ())), out, version)
     return beside | _place(engine, list(engine.stamp.files), out, version / "engine")
 

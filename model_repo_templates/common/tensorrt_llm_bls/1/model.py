@@ -28,7 +28,8 @@ class TritonPythonModel:
         refuse_unsound_numpy()
         parameters, folder = settings(args)
         tokenizer = Tokenizer(folder)
-        self._setting = Setting(tokenizer, _door(tokenizer, parameters), parameters, _drafts(parameters))
+        door = _door(parameters["tensorrt_llm_model_name"], tokenizer, parameters)
+        self._setting = Setting(tokenizer, door, parameters, _drafts(tokenizer, parameters))
         self._limit = int(parameters["max_concurrent_requests"])
         self._pool = ThreadPoolExecutor(self._limit, thread_name_prefix="relay")
         self._relays: set[Relay] = set()
@@ -72,8 +73,8 @@ class TritonPythonModel:
                 relay.look_after()
 
 
-def _door(tokenizer: Tokenizer, parameters: dict[str, str]) -> Door:
-    engine = parameters["tensorrt_llm_model_name"]
+def _door(engine: str, tokenizer: Tokenizer, parameters: dict[str, str]) -> Door:
+    """The way to an engine, or to its draft."""
     if parameters["engine_door"] == "bls":
         return BlsDoor(engine)
     prompts = Prompts(
@@ -85,9 +86,10 @@ def _door(tokenizer: Tokenizer, parameters: dict[str, str]) -> Door:
     return LineDoor(engine, prompts)
 
 
-def _drafts(parameters: dict[str, str]) -> Drafts | None:
+def _drafts(tokenizer: Tokenizer, parameters: dict[str, str]) -> Drafts | None:
     """The draft engine, where the repository has one."""
     name = parameters["tensorrt_llm_draft_model_name"]
     if not name:
         return None
-    return Drafts(BlsDoor(name), int(parameters["num_draft_tokens"]), int(parameters["draft_max_seq_len"]))
+    tokens, longest = int(parameters["num_draft_tokens"]), int(parameters["draft_max_seq_len"])
+    return Drafts(_door(name, tokenizer, parameters), tokens, longest)

@@ -50,6 +50,7 @@ class Relay:
         self._cancelled = False
         self._engine_busy = False
         self._engine: Door | Speculation = setting.door
+        self._drafts = False
 
     def run(self) -> None:
         """Answer the request: responses, then exactly one that is final."""
@@ -87,6 +88,7 @@ class Relay:
         engine = NEWEST if setting.drafts else setting.engine
         tensors = to_engine(inputs, prepared, streaming=piecewise, engine=engine)
         tokens = tokens_to_draft(inputs, tensors, setting.drafts)
+        self._drafts = tokens > 0
         if setting.drafts:
             self._engine = Speculation(setting.door, setting.drafts, tokens, setting.engine.inputs)
         self._follow(answers, tensors, streaming)
@@ -118,10 +120,11 @@ class Relay:
             self._send(self._response(texts, extra), 0)
 
     def _send_rest(self, answers: Answers, streaming: bool, prompt: str) -> None:
-        """The last responses, one a sequence; without any text left, a stream ends with the bare flag."""
+        """The last responses, one a sequence. Without any text left, a stream ends with the bare flag, and after drafts
+        with an empty text: the last step's draft is counted in it."""
         pieces = [answers.take(index) for index in answers.indices]
         if streaming:
-            pieces = [(texts, extra) for texts, extra in pieces if any(texts)]
+            pieces = [(texts, extra) for texts, extra in pieces if any(texts) or self._drafts]
         for texts, extra in pieces:
             self._send(self._response([prompt + text for text in texts], extra), 0)
         self._send(None, _FINAL)
