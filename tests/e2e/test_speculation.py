@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,10 +77,10 @@ def write_cases(tokenizer: Any) -> dict[str, dict[str, Any]]:
     return cases
 
 
-@pytest.fixture(scope="module", params=["0.12.0", "1.2.1"])
+@pytest.fixture(scope="module", params=[("0.12.0", "line"), ("1.2.1", "http")], ids="-".join)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    """Over the private line: see ``channel.py`` for what Triton's own calls do to a process that makes many."""
-    with serving(tmp_path_factory.mktemp("pair"), request.param, door="line") as found:
+    release, door = request.param
+    with serving(tmp_path_factory.mktemp("pair"), release, door=door) as found:
         yield found
 
 
@@ -254,8 +255,17 @@ def test_beams_and_drafts_exclude_each_other_and_penalties_are_answered_without_
     assert pair.asked("draft") == []
 
 
-def test_triton_carries_the_drafts_too(tmp_path: Path) -> None:
-    """The door that serves NVIDIA's backend, for as many calls as show that the tensors pass."""
+def test_many_streams_at_once_get_their_own_text(pair: Pair) -> None:
+    def ask(number: int) -> bool:
+        prompt = f"{list(QUALITIES)[number % 3]} {number % 2}:"
+        return "".join(pair.served.pieces(BLS, text_input=prompt, max_tokens=80)) == SENTENCES[number % 2]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(96)))
+
+
+def test_triton_itself_carries_the_drafts_too(tmp_path: Path) -> None:
+    """The way for what JSON cannot carry, for as few calls as show that the tensors pass: see ``http_door.py``."""
     with serving(tmp_path, "1.2.1", door="bls") as pair:
         answer = pair.served.generate(BLS, text_input="perfect 0:", max_tokens=10)
         ids = pair.cases["perfect 0:"]["answer"]

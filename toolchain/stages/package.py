@@ -57,6 +57,8 @@ _SHARED_WITH_ENGINE = {"openvino": _OF_OUR_ENGINES, "tensorrt_llmapi": _OF_OUR_E
 """The same for ``tensorrt_llm`` of each backend that has a private line to ``tensorrt_llm_bls``."""
 _BESIDE_THE_MODEL = {"tensorrt_llmapi": ("model.yaml",)}
 """Files of a backend's engine that stand in the version folder of ``tensorrt_llm``, too."""
+_DOORS = {RENDERED: "http"}
+"""How ``tensorrt_llm_bls`` reaches the engine of a backend that has no private line."""
 _WITH_TOKENIZER = ("preprocessing", "postprocessing", "tensorrt_llm_bls")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -144,7 +146,7 @@ def defaults(engine: Engine) -> dict[str, Value]:
         "postprocessing_instance_count": 1,
         "bls_max_concurrent_requests": limits.max_batch_size + _queue(engine),
         "tensorrt_llm_model_name": ENGINE_MODEL,
-        "engine_door": "line" if passport.backend in _SHARED_WITH_ENGINE else "bls",
+        "engine_door": _DOORS.get(passport.backend, "line"),
     }
     if passport.backend == RENDERED:
         return {**common, **EngineModel.of(engine).placeholders}

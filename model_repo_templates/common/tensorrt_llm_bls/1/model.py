@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from doors import BlsDoor, Door, LineDoor
+from http_door import HttpDoor, own_address
 from prompts import Prompts
 from relay import Relay, Setting
 from speculation import Drafts
@@ -75,7 +76,8 @@ class TritonPythonModel:
 
 def _door(engine: str, tokenizer: Tokenizer, parameters: dict[str, str]) -> Door:
     """The way to an engine, or to its draft."""
-    if parameters["engine_door"] == "bls":
+    address = own_address() if parameters["engine_door"] == "http" else None
+    if parameters["engine_door"] != "line" and address is None:
         return BlsDoor(engine)
     prompts = Prompts(
         tokenizer,
@@ -83,7 +85,7 @@ def _door(engine: str, tokenizer: Tokenizer, parameters: dict[str, str]) -> Door
         special=parameters["add_special_tokens"].lower() in {"true", "1", "yes"},
         vocab_size=int(parameters["vocab_size"]),
     )
-    return LineDoor(engine, prompts)
+    return HttpDoor(engine, prompts, address) if address else LineDoor(engine, prompts)
 
 
 def _drafts(tokenizer: Tokenizer, parameters: dict[str, str]) -> Drafts | None:
