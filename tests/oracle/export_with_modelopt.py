@@ -7,7 +7,8 @@ Runs in the environment of the extra `oracle` and imports nothing of ours. Each 
     hf/            the model (transformers), activations with outlier channels
     ids.safetensors   the rows of token ids that ModelOpt calibrated on
     WAY/           the unified Hugging Face export of each of WAYS
-    WAY-trt/       the TensorRT-LLM export, where one is compared
+    WAY-trt/       the TensorRT-LLM export, where one is compared; WAY-trt-2-1/ for two ranks, WAY-trt-1-3/ for stages
+    WAY.ranges.safetensors    of K and V, for an INT8 cache
     WAY.safetensors   for AWQ: the channel scale of each linear that the search chose, and its alpha
 
 ``stamp.json`` is written last; it names this file's sha256 and the versions.
@@ -57,11 +58,19 @@ WAYS: dict[str, tuple[dict[str, Any], list[Any], dict[str, Any] | None]] = {
     "int8-wo-kv8": (mtq.INT8_WEIGHT_ONLY_CFG, KV_INT8, None),
     "int4": (mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG, [], None),
     "awq": (mtq.INT4_AWQ_CFG, [], AWQ),
+    "awq-kv8": (mtq.INT4_AWQ_CFG, KV_INT8, AWQ),
     "w4a8": (mtq.W4A8_AWQ_BETA_CFG, [], AWQ),
     "int8-sq": (mtq.INT8_SMOOTHQUANT_CFG, [], {"method": "smoothquant", "alpha": 0.5}),
 }
-UNIFIED = ("fp8", "int8-wo", "int4", "awq", "w4a8", "int8-sq")
-TENSORRT_LLM = ("fp8", "int8-wo-kv8", "int8-sq")
+UNIFIED = ("fp8", "int8-wo", "int4", "awq", "awq-kv8", "w4a8", "int8-sq")
+"""An INT8 cache has no place in the unified layout: "awq-kv8" is exported there without it."""
+TENSORRT_LLM: dict[str, tuple[tuple[int, int], ...]] = {
+    "fp8": ((1, 1), (2, 1), (1, 3)),
+    "awq-kv8": ((1, 1), (2, 1)),
+    "int8-wo-kv8": ((1, 1),),
+    "int8-sq": ((1, 1),),
+}
+"""Way -> tensor parallel x pipeline parallel. ModelOpt splits on a CPU, too."""
 
 
 def main() -> None:
@@ -129,10 +138,25 @@ def export(model: Any, way: str, ids: torch.Tensor, folder: Path) -> None:
     if algorithm == AWQ:
         save_file(searched(quantized), folder / f"{way}.safetensors")
     with torch.inference_mode():
-        if way in TENSORRT_LLM:
-            export_tensorrt_llm_checkpoint(copy.deepcopy(quantized), "llama", dtype, folder / f"{way}-trt", 1, 1)
+        for tp, pp in TENSORRT_LLM.get(way, ()):
+            target = folder / (f"{way}-trt" if tp == pp == 1 else f"{way}-trt-{tp}-{pp}")
+            export_tensorrt_llm_checkpoint(copy.deepcopy(quantized), "llama", dtype, target, tp, pp)
+        if kv is KV_INT8:
+            save_file(taken_ranges(quantized), folder / f"{way}.ranges.safetensors")
         if way in UNIFIED:
             export_hf_checkpoint(quantized, dtype=dtype, export_dir=folder / way)
+
+
+def taken_ranges(model: Any) -> dict[str, torch.Tensor]:
+    """The ranges of K and V of each layer, "0.k" and so on; the model has no INT8 cache any more."""
+    found = {}
+    for layer, block in enumerate(model.model.layers):
+        for one in "kv":
+            quantizer = getattr(block.self_attn, f"{one}_bmm_quantizer")
+            found[f"{layer}.{one}"] = quantizer.amax.float().clone()
+            quantizer.reset_amax()
+            quantizer.disable()
+    return found
 
 
 def searched(model: Any) -> dict[str, torch.Tensor]:
