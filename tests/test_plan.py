@@ -151,6 +151,72 @@ def test_plan_refuses_a_release_that_does_not_list_the_quantization_on_the_sm() 
     assert made.release.version == "0.19.0"
 
 
+LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+W4A8 = "quantization: {weights: int4_fp8}\nlimits: {max_input_len: 1024, max_seq_len: 2048}\n"
+
+
+def test_plan_refuses_a_release_that_does_not_read_the_checkpoint_and_names_those_that_do() -> None:
+    """release-notes.md, 0.16.0: W4A8 of bfloat16 models on Ada (SM 89)."""
+    model = replace(LLAMA_13B, dtype="bfloat16")
+    message, hint = refusal(f"device: l4\ntensorrt_llm: 0.15.0\n{W4A8}", model)
+    assert "TensorRT-LLM 0.15.0 does not read this model's checkpoint: W4A8 (int4_fp8) of a bfloat16 model" in message
+    assert "read from 0.16.0 on" in message
+    assert "runs on: 0.16.0, 0.17.0" in hint
+    for text, config in (
+        (f"device: l4\n{W4A8}", model),
+        (f"device: l4\ntensorrt_llm: 0.16.0\n{W4A8}", model),
+        (f"device: l4\ntensorrt_llm: 0.15.0\n{W4A8}", replace(model, dtype="float16")),
+        (f"device: l4\ntensorrt_llm: 0.15.0\n{W4A8}", replace(model, dtype="float32")),
+        (f"device: h100\ntensorrt_llm: 0.15.0\n{W4A8}", model),
+        ("device: l4\ntensorrt_llm: 0.15.0\nquantization: {weights: fp8}\nlimits: {max_seq_len: 2048}", model),
+    ):
+        assert plan(text, config).release is not None
+
+
+@pytest.mark.parametrize(
+    ("pin", "config", "told"),
+    [
+        ("0.13.0", replace(SMALL, rope_scaling=LLAMA3), ""),
+        ("0.13.0", replace(SMALL, rope_scaling=replace(LLAMA3, factor=32.0)), "as in Llama 3.2"),
+        ("0.15.0", replace(SMALL, rope_scaling=replace(LLAMA3, factor=32.0)), ""),
+        ("0.13.0", replace(SMALL, rope_scaling=RopeScaling("linear", 32.0)), ""),
+        (
+            "0.14.0",
+            replace(SMALL, architecture="Qwen2ForCausalLM", tied_embeddings=True),
+            "whose head is its embedding",
+        ),
+        ("0.14.0", replace(SMALL, architecture="Qwen2ForCausalLM"), ""),
+        ("0.14.0", replace(SMALL, tied_embeddings=True), ""),
+        ("0.12.0", replace(SMALL, head_dim=128), ""),
+    ],
+)
+def test_plan_warns_where_nobody_knows_whether_the_release_reads_the_checkpoint(
+    pin: str, config: LlamaConfig, told: str
+) -> None:
+    made = plan(f"device: a100\ntensorrt_llm: {pin}", config)
+    found = [warning for warning in made.warnings if "is not confirmed" in warning]
+    assert len(found) == bool(told)
+    assert told in "".join(found)
+
+
+def test_a_model_that_the_newest_release_reads_has_no_such_warning_with_llmapi_either() -> None:
+    config = replace(SMALL, rope_scaling=replace(LLAMA3, factor=32.0))
+    for text in ("device: l4", "device: l4\nbackend: tensorrt_llmapi"):
+        assert not [warning for warning in plan(text, config).warnings if "is not confirmed" in warning]
+
+
+def test_plan_says_that_the_builder_rounds_int8_weights_again_and_what_it_holds_meanwhile() -> None:
+    """12,687,769,600 of Llama-2-13B's parameters are in its linear layers: 23.63 GiB at 16 bits."""
+    text = "device: a100\nquantization: {weights: int8}\n"
+    for more, held in (("", "23.63 GiB"), ("parallel: {tp: 2}\n", "11.82 GiB")):
+        made = plan(text + more)
+        assert decided(made, "int8 rows") == "rounded again by trtllm-build"
+        told = next(warning for warning in made.warnings if "amax/128" in warning)
+        assert f"{held} of 16-bit matrices for each rank" in told
+    for other in ("device: cpu\nquantization: {weights: int8}", "device: a100\nquantization: {weights: int8_sq}"):
+        assert not [warning for warning in plan(other).warnings if "amax/128" in warning]
+
+
 @pytest.mark.parametrize("pin", ["1.3.0", "1.4.0"])
 def test_plan_says_that_1_3_has_no_engine_path_and_offers_llmapi(pin: str) -> None:
     message, hint = refusal(f"device: l4\nquantization: {{weights: fp8}}\ntensorrt_llm: {pin}")

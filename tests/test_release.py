@@ -201,3 +201,30 @@ def test_the_change_of_nvidias_dockerfile_reaches_its_build_of_the_wheel(tmp_pat
     file.write_text(line)
     subprocess.run(argv, cwd=tmp_path, check=True)
     assert file.read_text() == line.replace("build_wheel.py", "build_wheel.py --cuda_architectures 75-real")
+
+
+def test_each_loader_row_names_a_release_of_the_table_and_ends_there() -> None:
+    """From the release on that a row names, nothing is unread any more."""
+    rows = {(one.feature, one.first) for release in releases().values() for one in release.unread}
+    assert {first for _, first in rows} <= set(releases())
+    assert {feature for feature, _ in rows} == {"rope-llama3-numbers", "qwen2-tied", "w4a8-bfloat16"}
+    for version, release in releases().items():
+        assert {one.feature for one in release.unread} == {
+            feature for feature, first in rows if order(version) < order(first)
+        }
+
+
+def test_what_a_loader_is_only_not_known_to_read_does_not_narrow_the_releases() -> None:
+    assert newest_release(75, "tensorrt_engine", features=frozenset({"rope-llama3-numbers"}))[0].version == "0.13.0"
+    unread = releases()["0.13.0"].unread_of("tensorrt_engine", 75, frozenset({"rope-llama3-numbers"}))
+    assert [one.confirmed for one in unread] == [False]
+    assert releases()["0.13.0"].unread_of("tensorrt_llmapi", 75, frozenset({"rope-llama3-numbers"})) == ()
+
+
+def test_no_release_is_taken_that_a_source_says_does_not_read_the_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {version: one for version, one in releases().items() if order(version) < order("0.16.0")}
+    monkeypatch.setattr("toolchain.release.releases", lambda: table)
+    features = frozenset({"w4a8-bfloat16"})
+    with pytest.raises(PlanError, match=r"0\.15\.0 does not read this model's checkpoint: W4A8"):
+        newest_release(89, "tensorrt_engine", frozenset({"int4", "fp8"}), features)
+    assert newest_release(90, "tensorrt_engine", frozenset({"int4", "fp8"}), features)[0].version == "0.15.0"

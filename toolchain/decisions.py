@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from toolchain import workspace
+from toolchain import loader, workspace
 from toolchain.device import Device
 from toolchain.engine import Limits
 from toolchain.errors import PlanError
@@ -122,10 +122,17 @@ def _has_no(target: Device, dtype: str) -> str:
 
 
 def choose_release(
-    recipe: Recipe, weights: WeightScheme, kv: KvScheme, target: Device, backend: str, notes: Notes
+    recipe: Recipe,
+    config: LlamaConfig,
+    weights: WeightScheme,
+    kv: KvScheme,
+    target: Device,
+    backend: str,
+    notes: Notes,
 ) -> Release | None:
     """The TensorRT-LLM release: the pinned one, or the newest that lists the SM with the quantization's formats.
 
+    Its loader must read the model's checkpoint; where nobody knows whether it does, that is a warning.
     None for openvino and after a refusal. What the device or the backend lacks ``check_formats`` refuses, not this.
     """
     if target.sm is None or backend == "openvino":
@@ -137,17 +144,22 @@ def choose_release(
     accepts = backends()[backend]
     taken = [scheme.needs for scheme, known in ((weights, accepts.weights), (kv, accepts.kv)) if scheme.name in known]
     needs = frozenset[str]().union(*taken) & target.dtypes
+    read = loader.features(config, weights, engine_dtype(config, target))
     try:
         if recipe.tensorrt_llm:
-            release, reason = pinned_release(recipe.tensorrt_llm, target.sm, backend, needs)
+            release, reason = pinned_release(recipe.tensorrt_llm, target.sm, backend, needs, read)
         else:
-            release, reason = newest_release(target.sm, backend, needs)
+            release, reason = newest_release(target.sm, backend, needs, read)
     except PlanError as error:
         notes.refuse(error.message, error.hint)
         return None
     notes.decide("tensorrt_llm", release.version, reason, release.source)
     notes.decide(
         "container", release.container, f"ships TensorRT-LLM {release.version}; driver {release.driver} or newer"
+    )
+    notes.warnings.extend(
+        f"whether TensorRT-LLM {release.version} reads {one.text} is not confirmed; {one.first} does ({one.source})"
+        for one in release.unread_of(backend, target.sm, read)
     )
     return release
 
@@ -165,6 +177,14 @@ def check_llmapi(
     if weights.name == "int4_fp8" and config.dtype == "float32":
         reason = "int4_fp8 weights: the runtime wants the scales of a 16-bit model, and this model is float32"
         notes.refuse(reason, "Use weights: fp8 or int4")
+
+
+def check_loader(recipe: Recipe, config: LlamaConfig, weights: WeightScheme, backend: str, notes: Notes) -> None:
+    """What ``trtllm-build`` makes of the weights as it loads them, where that is more than reading."""
+    if backend == "tensorrt_engine" and weights.name == "int8":
+        told = loader.rounds_again(config, recipe.parallel.tp * recipe.parallel.pp)
+        notes.decide("int8 rows", "rounded again by trtllm-build", told, loader.ROUNDS_AGAIN_SOURCE)
+        notes.warnings.append(told)
 
 
 def choose_calibration(
@@ -238,13 +258,20 @@ def _precision(recipe: Recipe, notes: Notes) -> None:
         notes.decide("precision", "f32", "OpenVINO loads an fp32 cache with f32 arithmetic only", source)
 
 
+def engine_dtype(config: LlamaConfig, target: Device) -> str:
+    """What an engine on a GPU computes in: float32 is float16 there, and so is bfloat16 where the GPU has none."""
+    has_it = config.dtype == "bfloat16" and "bf16" in target.dtypes
+    return "bfloat16" if has_it else "float16"
+
+
 def choose_dtype(recipe: Recipe, config: LlamaConfig, target: Device, notes: Notes) -> str:
     """What the engine holds embeddings, norms and head in, and on a GPU computes in: ``float16`` or the model's own."""
     if target.is_cpu:
         notes.decide("dtype", config.dtype, "the model's own; embeddings, norms and head keep it")
         _precision(recipe, notes)
         return config.dtype
-    if config.dtype == "bfloat16" and "bf16" not in target.dtypes:
+    chosen = engine_dtype(config, target)
+    if config.dtype == "bfloat16" and chosen == "float16":
         reason = f"the model is bfloat16, which the {target.title} does not have: the engine computes in float16"
         notes.decide("dtype", "float16", reason, "TensorRT-LLM gptAttentionCommon.cpp refuses bfloat16 below SM 80")
         notes.warnings.append("the model is bfloat16 and its engine computes in float16: values beyond 65504 overflow")

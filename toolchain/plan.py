@@ -175,7 +175,7 @@ def make_plan(
         notes.decide(choice.key, choice.value, choice.reason, backends()[backend].source)
     weights, kv = WEIGHTS[recipe.quantization.weights], KV[recipe.kv_cache.dtype]
     rules.check_formats(weights, kv, target, backend, notes)
-    release = rules.choose_release(recipe, weights, kv, target, backend, notes)
+    release = rules.choose_release(recipe, config, weights, kv, target, backend, notes)
     rules.check_llmapi(recipe, config, weights, release, backend, notes)
     group_size = recipe.quantization.group_size if weights.group_sizes else None
     dtype = rules.choose_dtype(recipe, config, target, notes)
@@ -189,6 +189,7 @@ def make_plan(
         fp8_fused = release is None or target.sm in release.fp8_context_sms
         check_reuse(weights, kv, window, fused=fused, fp8_fused=fp8_fused, notes=notes)
     rules.check_shapes(recipe, config, group_size, target, notes)
+    rules.check_loader(recipe, config, weights, backend, notes)
     cache = _Cache(window, speculation)
     memory = _memory(recipe, config, weights, kv, limits, target, notes, cache, fused=fused, host=host_memory_bytes)
     _explain(recipe, weights, kv, target, memory, notes)

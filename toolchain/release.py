@@ -67,6 +67,22 @@ class Rebuild:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """Something in a checkpoint that a release's loader does not read, or is not known to read."""
+
+    feature: str
+    """In the words of the facts' section ``loader``."""
+    text: str
+    sms: frozenset[int]
+    """Where; empty: everywhere."""
+    first: str
+    """The release that reads it first."""
+    confirmed: bool
+    """Whether a source says that earlier releases do not; else nobody has tried."""
+    source: str
+
+
+@dataclass(frozen=True)
 class Release:
     """One TensorRT-LLM release, with the Triton image that ships it."""
 
@@ -90,6 +106,8 @@ class Release:
     """What a sequence that is longer than its attention window keeps in the cache: ``"window"`` or ``"sequence"``."""
     traps: tuple[Trap, ...]
     rebuilds: tuple[Rebuild, ...]
+    unread: tuple[Unread, ...]
+    """What ``trtllm-build`` of this release does not read in a checkpoint, or is not known to read."""
     unconfirmed: frozenset[str]
     """Columns that no source states for this release: ``"driver"``, ``"sms"``."""
     date: str
@@ -104,9 +122,17 @@ class Release:
         """Whether this release carries ``tensorrt_engine`` or ``tensorrt_llmapi``; False for any other backend."""
         return {"tensorrt_engine": self.engine, "tensorrt_llmapi": self.llmapi}.get(backend, False)
 
-    def runs(self, sm: int, backend: str, needs: frozenset[str] = _NOTHING) -> bool:
-        """Whether this release carries the backend, lists the SM, and there the number formats ``needs``."""
-        return self.has(backend) and sm in self.sms and needs <= self.formats.get((backend, sm), _NOTHING)
+    def runs(
+        self, sm: int, backend: str, needs: frozenset[str] = _NOTHING, features: frozenset[str] = _NOTHING
+    ) -> bool:
+        """Whether this release carries the backend, lists the SM with the formats ``needs``, and reads ``features``."""
+        lists = self.has(backend) and sm in self.sms and needs <= self.formats.get((backend, sm), _NOTHING)
+        return lists and not any(one.confirmed for one in self.unread_of(backend, sm, features))
+
+    def unread_of(self, backend: str, sm: int, features: frozenset[str]) -> tuple[Unread, ...]:
+        """Which of a checkpoint's features its loader does not read, or is not known to. Empty but for engines."""
+        here = (one for one in self.unread if not one.sms or sm in one.sms)
+        return tuple(one for one in here if backend == "tensorrt_engine" and one.feature in features)
 
     def traps_of(self, backend: str, sm: int) -> tuple[Trap, ...]:
         """What goes wrong with this backend on this SM."""
@@ -173,6 +199,7 @@ def _release(row: Mapping[str, Any], table: Mapping[str, Any]) -> Release:
             if within(version, trap)
         ),
         rebuilds=tuple(_rebuild(one, version) for one in table["rebuild"] if within(version, one)),
+        unread=tuple(_unread(one) for one in table["loader"] if not within(version, one)),
         unconfirmed=frozenset(row.get("unconfirmed", ())),
         date=str(table["date"]),
         source=table["source"],
@@ -203,6 +230,11 @@ def _rebuild(row: Mapping[str, Any], version: str) -> Rebuild:
         source=row["source"],
         date=str(row["date"]),
     )
+
+
+def _unread(row: Mapping[str, Any]) -> Unread:
+    sms = frozenset(row.get("sms", ()))
+    return Unread(row["feature"], row["text"], sms, row["from"], row["confirmed"], row["source"])
 
 
 def order(version: str) -> tuple[int, ...]:
@@ -243,18 +275,27 @@ def backends() -> Mapping[str, BackendFacts]:
     )
 
 
-def usable(sm: int, backend: str, needs: frozenset[str] = _NOTHING) -> tuple[Release, ...]:
-    """The releases that carry this backend and list this SM with the number formats ``needs``, oldest first."""
-    return tuple(release for release in releases().values() if release.runs(sm, backend, needs))
+def usable(
+    sm: int, backend: str, needs: frozenset[str] = _NOTHING, features: frozenset[str] = _NOTHING
+) -> tuple[Release, ...]:
+    """The releases that carry this backend and list this SM with the number formats ``needs``, oldest first.
+
+    ``features``: what their loader has to read in a checkpoint; a release counts unless a source says that it does not.
+    """
+    return tuple(release for release in releases().values() if release.runs(sm, backend, needs, features))
 
 
-def newest_release(sm: int, backend: str, needs: frozenset[str] = _NOTHING) -> tuple[Release, str]:
+def newest_release(
+    sm: int, backend: str, needs: frozenset[str] = _NOTHING, features: frozenset[str] = _NOTHING
+) -> tuple[Release, str]:
     """The newest release that runs number formats ``needs`` with this backend on this SM, and why it is that one.
 
     Raises PlanError when there is none.
     """
-    fitting = usable(sm, backend, needs)
+    fitting = usable(sm, backend, needs, features)
     if not fitting:
+        if listed := usable(sm, backend, needs)[-1:]:
+            raise _does_not_read(listed[0], backend, sm, features)
         with_formats = f" with {' and '.join(sorted(needs))}" if usable(sm, backend) else ""
         raise PlanError(
             f"no TensorRT-LLM release of the table runs {backend} on SM {sm}{with_formats}",
@@ -275,10 +316,13 @@ def newest_release(sm: int, backend: str, needs: frozenset[str] = _NOTHING) -> t
     return newest, f"the newest release whose {backend} runtime lists {lists}"
 
 
-def pinned_release(version: str, sm: int, backend: str, needs: frozenset[str] = _NOTHING) -> tuple[Release, str]:
-    """The release that a recipe pins. Raises PlanError when it is unknown, or does not run ``backend`` on this SM."""
+def pinned_release(
+    version: str, sm: int, backend: str, needs: frozenset[str] = _NOTHING, features: frozenset[str] = _NOTHING
+) -> tuple[Release, str]:
+    """The release that a recipe pins. Raises PlanError when it is unknown, does not run ``backend`` on this SM, or
+    does not read the checkpoint."""
     known = releases().get(version)
-    fitting = ", ".join(release.version for release in usable(sm, backend, needs)) or "no release of the table"
+    fitting = ", ".join(one.version for one in usable(sm, backend, needs, features)) or "no release of the table"
     hint = f"SM {sm} with {backend} runs on: {fitting}"
     if known is None:
         raise _not_in_table(version, sm, backend, hint)
@@ -290,7 +334,15 @@ def pinned_release(version: str, sm: int, backend: str, needs: frozenset[str] = 
     missing = needs - known.formats.get((backend, sm), _NOTHING)
     if missing:
         raise PlanError(f"TensorRT-LLM {version} does not list {' or '.join(sorted(missing))} on SM {sm}", hint=hint)
+    if known not in usable(sm, backend, needs, features):
+        raise _does_not_read(known, backend, sm, features, hint)
     return known, "pinned by the recipe (key tensorrt_llm)"
+
+
+def _does_not_read(release: Release, backend: str, sm: int, features: frozenset[str], hint: str = "") -> PlanError:
+    unread = [one for one in release.unread_of(backend, sm, features) if one.confirmed]
+    told = "; ".join(f"{one.text}, read from {one.first} on ({one.source})" for one in unread)
+    return PlanError(f"TensorRT-LLM {release.version} does not read this model's checkpoint: {told}", hint=hint)
 
 
 def _not_in_table(version: str, sm: int, backend: str, hint: str) -> PlanError:
