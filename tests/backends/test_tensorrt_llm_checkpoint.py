@@ -43,6 +43,10 @@ EVERY_WAY = [("gqa", way) for way in WAYS] + [
 ]
 
 
+ROUND_TRIPS = [(model, way) for model in ("mha", "gqa") for way in ("none", "fp8", "int4", "awq", "int8", "int8-sq")]
+ROUND_TRIPS += [("tied", "int4"), ("biased", "fp8")]
+
+
 @pytest.mark.parametrize(("tp", "pp"), SPLITS)
 @pytest.mark.parametrize(("model", "way"), EVERY_WAY)
 def test_all_ranks_together_are_the_unified_folder(
@@ -56,17 +60,24 @@ def test_all_ranks_together_are_the_unified_folder(
     same_numbers(written(folder, tmp_path / "out", tp=tp, pp=pp, int8_form=CODES), folder)
 
 
-def test_logits_of_what_is_read_back_are_those_of_the_quantized_folder(unified: Folders, tmp_path: Path) -> None:
-    folder = unified("mha", "int4")
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)])
+@pytest.mark.parametrize(("model", "way"), ROUND_TRIPS)
+def test_logits_of_what_is_read_back_are_those_of_the_quantized_folder(
+    unified: Folders, tmp_path: Path, model: str, way: str, tp: int, pp: int
+) -> None:
+    """Through transformers, which knows nothing of either layout: every rank and stage has its part in them."""
+    folder = unified(model, way)
     ids = torch.arange(40).view(2, 20) * 7 % 320
-    model = model_of(folder)
-    expected = logits_of(model, ids)
-    read = TensorRtLlmCheckpoint.open(written(folder, tmp_path / "out", tp=2, pp=2))
+    kv = {"fp8": "fp8", "awq": "int8"}.get(way, "fp16")
+    read = TensorRtLlmCheckpoint.open(written(folder, tmp_path / "out", tp=tp, pp=pp, kv=kv, int8_form=CODES))
+    reference = model_of(folder)
+    expected = logits_of(reference, ids)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in reference.parameters():
             parameter.zero_()
-    model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in read.dense()})
-    assert torch.equal(logits_of(model, ids), expected)
+    reference.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in read.dense()})
+    assert expected.abs().max() > 0.01
+    assert torch.equal(logits_of(reference, ids), expected)
 
 
 @pytest.mark.parametrize(("model", "way"), EVERY_WAY)
@@ -183,8 +194,24 @@ def test_int4_keeps_its_bytes_two_rows_in_one_the_even_one_low(unified: Folders,
     found, stored = rank(written(folder, tmp_path / "out"), 0), tensors_of(folder)
     parts = [stored[f"model.layers.0.self_attn.{one}_proj.weight"] for one in "qkv"]
     assert torch.equal(found["transformer.layers.0.attention.qkv.weight"].view(torch.uint8), torch.cat(parts))
-    packed = np.array([[0x31, 0xCE], [0x75, 0x8A]], np.uint8)
-    assert unpack_int4(packed).tolist() == [[1, -2], [3, -4], [5, -6], [7, -8]]
+
+
+def test_four_rows_of_int4_are_the_bytes_that_the_loader_unpacks(unified: Folders, tmp_path: Path) -> None:
+    """Rows [1, -2], [3, -4], [5, -6], [7, -8] are the bytes [49, -50], [117, -118] of a rank's file, and back."""
+    rows = torch.tensor([[1, -2], [3, -4], [5, -6], [7, -8]], dtype=torch.int8)
+
+    def plant(name: str, one: torch.Tensor) -> torch.Tensor:
+        if name == "model.layers.1.self_attn.o_proj.weight":
+            one = one.clone()
+            one[:2, :2] = (rows[0::2] & 15 | (rows[1::2] & 15) << 4).view(torch.uint8)
+        return torch.ones_like(one) if name == "model.layers.1.self_attn.o_proj.weight_scale" else one
+
+    out = written(changed(unified("mha", "int4"), tmp_path / "planted", plant), tmp_path / "out", tp=2)
+    dense = "transformer.layers.1.attention.dense"
+    assert rank(out, 0)[f"{dense}.weight"][:2, :2].tolist() == [[49, -50], [117, -118]]
+    read = dict(TensorRtLlmCheckpoint.open(out).dense())["model.layers.1.self_attn.o_proj.weight"]
+    assert read[:4, :2].tolist() == rows.tolist()
+    assert unpack_int4(np.array([[0x31, 0xCE], [0x75, 0x8A]], np.uint8)).tolist() == rows.tolist()
 
 
 def test_awq_has_ones_where_the_norm_has_the_scales(unified: Folders, tmp_path: Path) -> None:
