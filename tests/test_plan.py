@@ -205,6 +205,40 @@ def test_a_model_that_the_newest_release_reads_has_no_such_warning_with_llmapi_e
         assert not [warning for warning in plan(text, config).warnings if "is not confirmed" in warning]
 
 
+@pytest.mark.parametrize(
+    ("text", "config", "told"),
+    [
+        ("parallel: {tp: 5}", LLAMA_13B, "intermediate_size 13824 does not divide by tp 5"),
+        (
+            "quantization: {weights: int8}\nparallel: {tp: 8}",
+            replace(LLAMA_13B, intermediate_size=13824 - 256),
+            "mlp.fc is 1696 by 5120 on each of 8 ranks, and W8A16 needs multiples of 64 and 512",
+        ),
+        (
+            "quantization: {weights: int4}",
+            replace(LLAMA_13B, num_kv_heads=1, head_dim=48),
+            "attention.qkv is 2016 by 5120 on each of 1 ranks, and W4A16_AWQ needs multiples of 128 and 128",
+        ),
+    ],
+)
+def test_plan_refuses_shapes_that_the_builder_does_not_take_before_anything_is_quantized(
+    text: str, config: LlamaConfig, told: str
+) -> None:
+    message, _ = refusal(f"device: h100\n{text}", config)
+    assert told in message
+
+
+@pytest.mark.parametrize(("weights", "tp"), [("int4", 4), ("int8", 8), ("fp8", 8), ("none", 8), ("int4_fp8", 4)])
+def test_plan_takes_llama_2_13b_over_as_many_ranks_as_its_shapes_allow(weights: str, tp: int) -> None:
+    """13824 = 2^9 x 27: groups of 128 divide over 4 ranks, and a dimension of 64 over 8."""
+    assert plan(f"device: h100\nquantization: {{weights: {weights}}}\nparallel: {{tp: {tp}}}").tp == tp
+
+
+def test_plan_refuses_groups_of_128_of_llama_2_13b_over_eight_ranks() -> None:
+    message, _ = refusal("device: h100\nquantization: {weights: int4}\nparallel: {tp: 8}")
+    assert "13824 input features over tp 8" in message
+
+
 def test_plan_says_that_the_builder_rounds_int8_weights_again_and_what_it_holds_meanwhile() -> None:
     """12,687,769,600 of Llama-2-13B's parameters are in its linear layers: 23.63 GiB at 16 bits."""
     text = "device: a100\nquantization: {weights: int8}\n"

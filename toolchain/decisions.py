@@ -179,9 +179,19 @@ def check_llmapi(
         notes.refuse(reason, "Use weights: fp8 or int4")
 
 
-def check_loader(recipe: Recipe, config: LlamaConfig, weights: WeightScheme, backend: str, notes: Notes) -> None:
-    """What ``trtllm-build`` makes of the weights as it loads them, where that is more than reading."""
-    if backend == "tensorrt_engine" and weights.name == "int8":
+def check_loader(
+    recipe: Recipe, config: LlamaConfig, weights: WeightScheme, group_size: int | None, backend: str, notes: Notes
+) -> None:
+    """Shapes that ``trtllm-build`` does not take, and what it makes of the weights, where that is more than reading.
+
+    Shapes only where nothing else is wrong: ``check_shapes`` says most of it in better words.
+    """
+    if backend != "tensorrt_engine":
+        return
+    if not notes.refusals:
+        for reason, hint in loader.misfits(config, weights.quant_algo, group_size or 0, recipe.parallel.tp):
+            notes.refuse(reason, hint)
+    if weights.name == "int8":
         told = loader.rounds_again(config, recipe.parallel.tp * recipe.parallel.pp)
         notes.decide("int8 rows", "rounded again by trtllm-build", told, loader.ROUNDS_AGAIN_SOURCE)
         notes.warnings.append(told)

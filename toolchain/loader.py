@@ -1,10 +1,12 @@
 """What a TensorRT-LLM release's loader must know to read a checkpoint, and what it makes of int8 weights. Pure.
 
-The other side, which release reads what, is the section ``loader`` of ``facts/releases.yaml``; ``decisions`` joins the
-two. It knows no release and reads no weights.
+Which shapes its kernels take is the same for all releases and is here. Which release reads what is the section
+``loader`` of ``facts/releases.yaml``; ``decisions`` joins the two. It knows no release and reads no weights.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 from toolchain.family import LlamaConfig, RopeScaling
 from toolchain.memory import linear_parameters
@@ -13,6 +15,52 @@ from toolchain.units import format_bytes
 
 _LLAMA_3_1 = (8.0, 1.0, 4.0, 8192)
 """factor, low_freq_factor, high_freq_factor, original_max_position_embeddings of Llama 3.1 (its config.json)."""
+
+
+_GROUP_SIZES = {"W4A16_AWQ": (64, 128), "W4A8_AWQ": (128,)}
+"""What the group-wise GEMM has kernels for (quantization/functional.py, ``validate_group_size``, 0.14 and later)."""
+
+_LEAST_MULTIPLE = {"W8A16": 64, "W4A16_AWQ": 64, "W4A8_AWQ": 128}
+"""Both sides of a matrix are multiples of this on each rank, or of the group, or the layer is padded to that, which
+weights from a checkpoint are not (quantization/layers.py, ``is_padded``, 0.13 and later; earlier releases fail)."""
+
+
+def misfits(config: LlamaConfig, quant_algo: str | None, group_size: int, tp: int) -> Iterator[tuple[str, str]]:
+    """(why, the next thing to type or nothing) of every shape that the builder would not take over ``tp`` ranks.
+
+    That the heads divide by tp is not asked here. ``group_size``: of int4 weights, else of no meaning.
+    """
+    if config.intermediate_size % tp:
+        yield f"intermediate_size {config.intermediate_size} does not divide by tp {tp}", ""
+        return
+    if quant_algo not in _LEAST_MULTIPLE:
+        return
+    sizes = _GROUP_SIZES.get(quant_algo, ())
+    group = group_size if sizes else 1
+    if sizes and group not in sizes:
+        words = " or ".join(map(str, sizes))
+        yield (
+            f"its int4 groups are of {group}, and TensorRT-LLM has {quant_algo} for {words}",
+            f"group_size: {sizes[-1]}",
+        )
+        return
+    multiple = max(_LEAST_MULTIPLE[quant_algo], group)
+    for module, cut in _cut(config, tp).items():
+        # The other side is not cut, and yet TensorRT-LLM pads it to a multiple of tp times as much.
+        if cut % multiple or config.hidden_size % (multiple * tp):
+            yield (
+                f"{module} is {cut} by {config.hidden_size} on each of {tp} ranks, and {quant_algo} needs multiples of "
+                f"{multiple} and {multiple * tp}",
+                "Choose a smaller tp, with pp for the rest, or another quantization.",
+            )
+
+
+def _cut(config: LlamaConfig, tp: int) -> dict[str, int]:
+    """The features of a rank along the side that is cut: outputs of qkv, fc and gate, inputs of dense and proj."""
+    heads, inner = config.q_size // tp, config.intermediate_size // tp
+    kv_heads = max(1, config.num_kv_heads // tp) * config.head_dim
+    qkv = heads + 2 * kv_heads
+    return {"attention.qkv": qkv, "attention.dense": heads, "mlp.fc": inner, "mlp.gate": inner, "mlp.proj": inner}
 
 
 def features(config: LlamaConfig, weights: WeightScheme, dtype: str) -> frozenset[str]:

@@ -189,7 +189,7 @@ def make_plan(
         fp8_fused = release is None or target.sm in release.fp8_context_sms
         check_reuse(weights, kv, window, fused=fused, fp8_fused=fp8_fused, notes=notes)
     rules.check_shapes(recipe, config, group_size, target, notes)
-    rules.check_loader(recipe, config, weights, backend, notes)
+    rules.check_loader(recipe, config, weights, group_size, backend, notes)
     cache = _Cache(window, speculation)
     memory = _memory(recipe, config, weights, kv, limits, target, notes, cache, fused=fused, host=host_memory_bytes)
     _explain(recipe, weights, kv, target, memory, notes)

@@ -10,18 +10,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from toolchain import family
+from toolchain import family, loader
 from toolchain.backends.tensorrt_llm.export import INT8_FORMS, Export, kv_scale_names
-from toolchain.backends.tensorrt_llm.split import MODULES, ROW_PARALLEL
 from toolchain.errors import PlanError
 from toolchain.family import linear_name, linear_shape
-
-_GROUP_SIZES = {"W4A16_AWQ": (64, 128), "W4A8_AWQ": (128,)}
-"""What the group-wise GEMM has kernels for (quantization/functional.py, ``validate_group_size``, 0.14 and later)."""
-
-_LEAST_MULTIPLE = {"W8A16": 64, "W4A16_AWQ": 64, "W4A8_AWQ": 128}
-"""Both sides of a matrix are multiples of this on each rank, or of the group, or the layer is padded to that, which
-weights from a checkpoint are not (quantization/layers.py, ``is_padded``, 0.13 and later; earlier releases fail)."""
 
 _CALIBRATE = "calibration: {data: builtin}   # in the recipe, then: scalellm quantize"
 
@@ -32,7 +24,7 @@ Problem = tuple[str, str]
 def check(export: Export) -> None:
     """Raises PlanError with every reason why this checkpoint cannot become a TensorRT-LLM checkpoint so."""
     problems = [*_words(export)]
-    problems = problems or [*_dtypes(export), *_division(export), *_alignment(export), *_kv(export), *_scales(export)]
+    problems = problems or [*_dtypes(export), *_division(export), *_shapes(export), *_kv(export), *_scales(export)]
     if problems:
         raise PlanError(
             f"{export.checkpoint.path}: cannot become a TensorRT-LLM checkpoint: "
@@ -65,32 +57,10 @@ def _division(export: Export) -> Iterator[Problem]:
     small, large = sorted((config.num_kv_heads, split.tp))
     if large % small:
         yield f"neither of {config.num_kv_heads} key and value heads and tp {split.tp} divides the other", ""
-    if config.intermediate_size % split.tp:
-        yield f"intermediate_size {config.intermediate_size} does not divide by tp {split.tp}", ""
 
 
-def _alignment(export: Export) -> Iterator[Problem]:
-    algo, config, split = export.algo, export.checkpoint.config, export.split
-    if algo not in _LEAST_MULTIPLE:
-        return
-    sizes = _GROUP_SIZES.get(algo, ())
-    group = export.group_size if sizes else 1
-    if sizes and group not in sizes:
-        words = " or ".join(map(str, sizes))
-        yield f"its int4 groups are of {group}, and TensorRT-LLM has {algo} for {words}", f"group_size: {sizes[-1]}"
-        return
-    multiple = max(_LEAST_MULTIPLE[algo], group)
-    for module, linears in MODULES.items():
-        spans = [split.span(config, linear, 0) for linear in linears]
-        cut = sum(stop - start for start, stop in spans)
-        # The other side is not cut, and yet TensorRT-LLM pads it to a multiple of tp times as much.
-        other = linear_shape(config, linears[0])[0 if module in ROW_PARALLEL else 1]
-        if cut % multiple or other % (multiple * split.tp):
-            yield (
-                f"{module} is {cut} by {other} on each of {split.tp} ranks, and {algo} needs multiples of {multiple} "
-                f"and {multiple * split.tp}",
-                "Choose a smaller tp, with pp for the rest, or another quantization.",
-            )
+def _shapes(export: Export) -> Iterator[Problem]:
+    return loader.misfits(export.checkpoint.config, export.algo, export.group_size, export.split.tp)
 
 
 def _kv(export: Export) -> Iterator[Problem]:

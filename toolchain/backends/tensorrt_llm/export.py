@@ -86,8 +86,9 @@ class Export:
     def kv_scale(self, layer: int) -> np.float32 | None:
         """The one factor that K and V of a layer are dequantized by, the larger of the two; None for a plain cache.
 
-        INT8: amax / 127. FP8: amax / 448, as the checkpoint has it, but never less than 1.0: so does ModelOpt's export
-        for TensorRT-LLM, and releases up to 0.13 use 1.0 whatever is stored.
+        INT8: amax / 127 of K and V, as ModelOpt has it; NVIDIA's own converter (models/llama/convert.py) takes the
+        range of Q in, too, though no cache holds it. FP8: amax / 448, as the checkpoint has it, but never less than
+        1.0: so does ModelOpt's export for TensorRT-LLM, and releases up to 0.13 use 1.0 whatever is stored.
         """
         if self.kv == "int8":
             ranges = self.checkpoint.kv_ranges
