@@ -137,7 +137,8 @@ def test_commands_are_printed_ready_to_paste_and_none_is_run(scalellm, tmp_path,
     assert not (tmp_path / "my work").exists()
 
     subprocess.run(["sh", "-e"], input=done.stdout, text=True, check=True, env={"PATH": path})
-    quantize, clone, patch, image, build = (tmp_path / "ran").read_text().splitlines()
+    quantize, convert, clone, patch, image, build = (tmp_path / "ran").read_text().splitlines()
+    assert convert == quantize.replace("[quantize]", "[convert]")
     assert quantize == f"scalellm [quantize] [--recipe] [t4] [--work] [{tmp_path}/my work]"
     assert clone.startswith("git [clone] [--branch] [v0.13.0] [--recurse-submodules]")
     assert "[s/build_wheel.py /build_wheel.py --cuda_architectures 75-real /]" in patch
@@ -146,7 +147,6 @@ def test_commands_are_printed_ready_to_paste_and_none_is_run(scalellm, tmp_path,
     assert "[--context_fmha] [disable]" in build
     assert "[--gpt_attention_plugin] [float16]" in build
     comments = [line for line in done.stdout.splitlines() if line.startswith("#")]
-    assert any("no command in this release" in line for line in comments)
     assert sum("75-real" in line for line in comments if line.startswith("# note")) == 1
     wheel = "python3 scripts/build_wheel.py --clean --cuda_architectures 75-real --trt_root /usr/local/tensorrt"
     assert f"#   {wheel}" in comments
@@ -156,8 +156,14 @@ def test_commands_as_json_hold_the_argv_and_the_release(scalellm):
     said = json.loads(scalellm("commands", "--recipe", "rtx4090", "--json").stdout)
     assert (said["tensorrt_llm"], said["container"]) == ("1.2.1", "tritonserver:26.07-trtllm-python-py3")
     assert [step["name"] for step in said["steps"]] == ["quantize", "convert", "build"]
-    assert said["steps"][1]["argv"] == []
+    assert said["steps"][1]["argv"][:2] == ["scalellm", "convert"]
     assert said["steps"][2]["argv"][0] == "trtllm-build"
+
+
+def test_commands_for_a_container_are_those_of_docker(scalellm, recorders):
+    path = f"{recorders}:/usr/bin:/bin"
+    said = json.loads(scalellm("commands", "--recipe", "l4", "--on", "container", "--json", PATH=path).stdout)
+    assert said["steps"][2]["argv"][:2] == ["docker", "run"]
 
 
 def test_commands_of_a_cpu_recipe_say_that_there_is_no_foreign_one(scalellm):

@@ -240,6 +240,11 @@ class Draft:
         return FileRecord(stat.st_size, self._hashes.get(name) or sha256_of(path), stat.st_mtime_ns)
 
 
+def partial_of(target: Path, key: str) -> Path:
+    """The folder in which the artifact of this key is made, before it takes its place at ``target``."""
+    return target.with_name(f"{target.name}.partial-{key[:12]}")
+
+
 @contextmanager
 def draft(target: Path, stage: str, inputs: Mapping[str, Any]) -> Iterator[Draft]:
     """Open the draft of ``target``: the partial folder of the same inputs where one was left, else a fresh one.
@@ -248,7 +253,7 @@ def draft(target: Path, stage: str, inputs: Mapping[str, Any]) -> Iterator[Draft
     Partial folders of other inputs are removed. Raises ArtifactError when another process works on the same target,
     or when the disk is full.
     """
-    partial = target.with_name(f"{target.name}.partial-{key_of(inputs)[:12]}")
+    partial = partial_of(target, key_of(inputs))
     with disk_errors(target), _locked(target):
         for other in target.parent.glob(f"{target.name}.partial-*"):
             if other != partial:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -137,6 +138,21 @@ def test_kill_9_of_scalellm_build_leaves_no_engine_and_the_next_run_builds_it(
     stamp = workspace.require(engine, "engine")
     assert {"config.json", "rank0.engine", "engine.json", "build.log", "tokenizer.json"} <= set(stamp.files)
     assert "TensorRT-LLM version: 1.2.1" in (engine / "build.log").read_text()
+
+
+def test_build_explain_prints_the_very_command_that_the_build_runs(
+    random_llama: Callable[..., Path], scalellm: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    place = ["--recipe", str(tmp_path / "small.yaml"), "--model", str(random_llama()), "--work", str(tmp_path / "work")]
+    fake = gpu_machine(tmp_path / "bin", RTX4090, "1.2.1")
+    told = scalellm("build", *place, "--explain", "--json", **fake.environment)
+    (engine,) = [state for state in json.loads(told.stdout) if state["name"] == "engine"]
+    shown = scalellm("build", *place, "--explain", **fake.environment).stdout
+    assert scalellm("build", *place, **fake.environment).returncode == 0
+    (ran,) = [json.loads(line)["argv"] for line in (fake.folder / "trtllm-build.jsonl").read_text().splitlines()]
+    assert engine["commands"][0]["argv"] == ["trtllm-build", *ran]
+    assert f"--output_dir {shlex.quote(ran[ran.index('--output_dir') + 1])}" in shown
 
 
 def test_a_failed_scalellm_build_shows_the_cause_and_keeps_the_log_beside_the_artifacts(

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from toolchain import hosts
+from toolchain.backends import Order
 from toolchain.build_flags import command
 from toolchain.errors import PlanError
 from toolchain.family import published
 from toolchain.plan import Plan, make_plan
+from toolchain.progress import Silent
 from toolchain.recipe import parse_recipe
+from toolchain.stages import build
 from toolchain.stages.commands import Lane, commands, paste
 
 ENGINE = "device: l4\nquantization: {weights: fp8}\nkv_cache: {dtype: fp8}\nlimits: {max_batch_size: 4}"
@@ -25,32 +29,39 @@ def plan_of(text: str) -> Plan:
     return make_plan(parse_recipe(f"model: some/folder\n{text}", Path("mine.yaml")), config)
 
 
-def lane(text: str, work: Path = Path("work"), model: str | None = None) -> Lane:
-    return commands(plan_of(text), "mine.yaml", model, work)
+def lane(text: str, work: Path = Path("work"), model: str | None = None, on: str = "local") -> Lane:
+    plan = plan_of(text)
+    folder = work / "mine"
+    host = hosts.load(on)
+    order = Order(plan, folder / "trtllm-checkpoint", folder / "trtllm-engine", Silent(), "5f2c0a91d3e4", host)
+    built = build.commands(order)
+    return commands(plan, "mine.yaml", model, work, built)
 
 
 def test_an_engine_is_quantized_converted_and_built() -> None:
     steps = lane(ENGINE).steps
     assert [step.name for step in steps] == ["quantize", "convert", "build"]
     assert steps[0].argv == ("scalellm", "quantize", "--recipe", "mine.yaml", "--work", "work")
-    folder = Path("work/mine")
+    assert steps[1].argv == ("scalellm", "convert", "--recipe", "mine.yaml", "--work", "work")
+    folder = Path("work/mine").absolute()
     assert steps[2].argv == command(plan_of(ENGINE), folder / "trtllm-checkpoint", folder / "trtllm-engine")
 
 
-def test_the_conversion_that_this_release_lacks_is_a_comment() -> None:
-    convert = lane(ENGINE).steps[1]
-    assert convert.argv == ()
-    (line,) = convert.lines()
-    assert line.startswith("# convert")
-    assert "no command in this release" in line
-
-
-def test_the_build_says_its_image_its_gpu_and_that_scalellm_does_not_run_it() -> None:
+def test_the_build_says_its_release_and_its_gpu() -> None:
     comment, pasted = lane(ENGINE).steps[2].lines()
-    assert "tritonserver:26.07-trtllm-python-py3" in comment
+    assert "TensorRT-LLM 1.2.1, as in nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3" in comment
     assert "SM 89" in comment
-    assert "scalellm does not run this itself" in comment
     assert pasted.startswith("trtllm-build \\\n")
+
+
+@pytest.mark.parametrize(("on", "first"), [("container", "docker"), ("ssh:gpu-box", "ssh"), ("sky", "sh")])
+def test_another_host_has_its_own_commands(on: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    built = [step for step in lane(ENGINE, on=on).steps if step.name == "build"]
+    assert built[0].argv[0] == first
+    assert "trtllm-build" in str([step.argv for step in built])
+    for step in built:
+        assert tuple(shlex.split(paste(step.argv).replace("\\\n", ""))) == step.argv
 
 
 def test_another_model_and_a_folder_with_blanks_survive_the_shell() -> None:
@@ -59,7 +70,7 @@ def test_another_model_and_a_folder_with_blanks_survive_the_shell() -> None:
         if step.argv:
             assert tuple(shlex.split(paste(step.argv).replace("\\\n", ""))) == step.argv  # as a shell joins lines
     assert "/models/it's here" in steps[0].argv
-    assert "my work/mine/trtllm-engine" in steps[2].argv
+    assert str(Path("my work/mine/trtllm-engine").absolute()) in steps[2].argv
 
 
 def test_notes_tell_the_driver_the_traps_and_what_the_server_must_not_do() -> None:
@@ -130,7 +141,7 @@ def test_openvino_has_no_foreign_command() -> None:
 def test_a_plan_that_the_builder_would_not_build_prints_nothing() -> None:
     wrong = replace(plan_of(INT8_KV), paged_context_fmha=True)
     with pytest.raises(PlanError, match="INT8 KV excludes it"):
-        commands(wrong, "mine.yaml", None, Path("work"))
+        build.commands(Order(wrong, Path("a"), Path("b"), Silent(), "key", hosts.load("local")))
 
 
 def test_a_t4_is_told_once_that_its_kernels_must_be_built_and_how() -> None:

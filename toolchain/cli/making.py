@@ -44,16 +44,18 @@ def plan(recipe: str, model: str | None, work: Path, json_output: bool, verbose:
 
 @click.command()
 @recipe_flags
+@host_flag
 @common
-def commands(recipe: str, model: str | None, work: Path, json_output: bool, verbose: int) -> None:
+def commands(recipe: str, model: str | None, work: Path, on: tuple[str, ...], json_output: bool, verbose: int) -> None:
     """Print the command lines of a recipe, ready to paste; run none of them.
 
-    For a TensorRT-LLM engine: the exact trtllm-build of the plan's release. In this release scalellm itself ends at the
-    quantized checkpoint there: it does not convert it, does not run trtllm-build, and no GPU has tried these lines.
+    For a TensorRT-LLM engine: all that scalellm build runs on the host that --on names, with the exact trtllm-build of
+    the plan's release. The authors had no GPU to try these lines on.
 
     \b
     Examples:
       scalellm commands --recipe rtx4090
+      scalellm commands --recipe rtx4090 --on container
       scalellm commands --recipe t4 --json
     """
     from dataclasses import asdict
@@ -61,8 +63,9 @@ def commands(recipe: str, model: str | None, work: Path, json_output: bool, verb
     from toolchain.stages.commands import commands as lane_of
 
     screen = open_screen(json_output, verbose)
-    job = open_job(screen, recipe, model, work)
-    lane, release = lane_of(job.plan, job.spoken, model, work), job.plan.release
+    job = open_job(screen, recipe, model, work, on=on)
+    built = job.host_commands(job.folder / "trtllm-engine")
+    lane, release = lane_of(job.plan, job.spoken, model, work, built), job.plan.release
     screen.emit(
         {
             "recipe": job.recipe.name,
@@ -195,9 +198,7 @@ def _run_job(screen: Screen, job: Job, until: str, explain: bool) -> Any:
     """Make what is stale up to ``until``, or with ``explain`` only say what that would be. -> what --json prints."""
     if explain:
         states = [state for state in job.states() if job.names.index(state.kind) <= job.names.index(until)]
-        for state in states:
-            screen.say(_explain(state))
-        return [{**vars(state), "stage": state.stage} for state in states]
+        return [_explained(screen, job, state) for state in states]
     for warning in job.plan.warnings:
         screen.note(f"note: {warning}")
     for decision in job.plan.decisions:
@@ -215,6 +216,17 @@ def _run_job(screen: Screen, job: Job, until: str, explain: bool) -> Any:
             for r in results
         },
     }
+
+
+def _explained(screen: Screen, job: Job, state: State) -> dict[str, Any]:
+    """Say what would be done about one artifact, with the foreign command lines of an engine -> the same for --json."""
+    from toolchain.stages.commands import paste
+
+    screen.say(_explain(state))
+    commands = () if state.fresh or state.name != "engine" else job.host_commands()
+    for command in commands:
+        screen.say(f"# {command.says} ({command.where})\n{paste(command.argv)}")
+    return {**vars(state), "stage": state.stage, **({"commands": [vars(one) for one in commands]} if commands else {})}
 
 
 def _explain(state: State) -> str:

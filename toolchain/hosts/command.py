@@ -13,17 +13,17 @@ from pathlib import Path, PurePosixPath
 from toolchain.errors import ToolError
 from toolchain.host import EngineJob
 from toolchain.release import Release
+from toolchain.repository import IMAGES
 
 CHECKPOINT, ENGINE = "/checkpoint", "/engine"
 """The two folders as a container sees them."""
 
-_REGISTRY = "nvcr.io/nvidia"
 _GPUS = re.compile(r"\d+(,\d+)*")
 
 
 def image(release: Release) -> str:
     """NVIDIA's newest Triton image of the release, with its registry; engines are built where they will be served."""
-    return f"{_REGISTRY}/{release.container}"
+    return f"{IMAGES}/{release.container}"
 
 
 def run_name(job: EngineJob) -> str:

@@ -31,8 +31,8 @@ class Local:
 
     def commands(self, job: EngineJob) -> tuple[HostCommand, ...]:
         argv = with_gpus(job.argv(str(job.checkpoint.absolute()), str(job.out.absolute())), self.gpus)
-        where = f"this machine, with TensorRT-LLM {job.release.version} and a GPU of SM {job.device.sm}"
-        return (HostCommand("the engine", where, argv),)
+        has = f"TensorRT-LLM {job.release.version}, as in {image(job.release)}, and a GPU of SM {job.device.sm}"
+        return (HostCommand("the engine", f"this machine, with {has}", argv),)
 
     def build(self, job: EngineJob, log: Path, progress: Progress) -> None:
         (command,) = self.commands(job)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from toolchain.device import find_device
+from toolchain.device import reported_device
 from toolchain.host import EngineJob
 from toolchain.hosts.command import image, size_of
 from toolchain.units import format_bytes
@@ -155,7 +155,7 @@ def _best(gpus: Iterable[Gpu], job: EngineJob) -> list[Gpu]:
     """The device of the plan itself first, then those with the most free memory."""
 
     def rank(gpu: Gpu) -> tuple[bool, int]:
-        known = find_device(gpu.name)
+        known = reported_device(gpu.name)
         return (known is None or known.name != job.device.name, -gpu.free_mib)
 
     return sorted(gpus, key=rank)
@@ -164,12 +164,13 @@ def _best(gpus: Iterable[Gpu], job: EngineJob) -> list[Gpu]:
 def _old_driver(gpus: Sequence[Gpu], job: EngineJob) -> list[str]:
     """One line where the driver is too old, and the cards cannot make up for it.
 
-    NVIDIA's data center cards run a newer CUDA on an older driver with the compatibility package that the images hold,
-    GeForce and most RTX cards do not (https://docs.nvidia.com/deploy/cuda-compatibility/, 2026-11-22).
+    NVIDIA's data center cards run a newer CUDA on an older driver with the compatibility package that the images hold
+    (https://docs.nvidia.com/deploy/cuda-compatibility/, 2026-11-22).
     """
     floor = job.release.driver
     for gpu in gpus:
-        if ("GeForce" in gpu.name or "RTX" in gpu.name) and _digits(gpu.driver) < _digits(floor):
+        known = reported_device(gpu.name)
+        if not (known and known.data_center) and _digits(gpu.driver) < _digits(floor):
             return [f"NVIDIA driver {floor} or newer, for TensorRT-LLM {job.release.version}: it has {gpu.driver}"]
     return []
 

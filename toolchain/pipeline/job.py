@@ -17,7 +17,7 @@ from toolchain.checkpoint import Checkpoint
 from toolchain.device import device
 from toolchain.engine import Engine
 from toolchain.errors import PlanError
-from toolchain.host import Host
+from toolchain.host import Host, HostCommand
 from toolchain.pipeline import drafts
 from toolchain.pipeline.source import Model
 from toolchain.pipeline.state import NAMES, Result, State, stamped_rows, state_of
@@ -102,6 +102,17 @@ class Job:
             found.append(state_of(job._label(name), job.path(name), inputs))
             keys[job] = workspace.key_of(inputs)
         return found
+
+    def host_commands(self, out: Path | None = None) -> tuple[HostCommand, ...]:
+        """The command lines that build the engine on the job's host, to the letter; with ``out``, into that folder.
+
+        Empty where scalellm builds it itself. Raises PlanError where the builder would not build what the plan says.
+        """
+        keys: dict[Job, str] = {}
+        for job, name in self._sequence("engine"):
+            keys[job] = workspace.key_of(job._inputs(name, keys))
+        key = keys[self]
+        return build_stage.commands(self._order(out or workspace.partial_of(self.path("engine"), key), key))
 
     def run(self, until: str, *, on_result: Callable[[Result], None] = lambda _result: None) -> list[Result]:
         """Make every artifact up to ``until`` (one of ``NAMES``) that is not fresh; a draft model's as well.

@@ -6,10 +6,11 @@ import hashlib
 from typing import Any
 
 from toolchain import backends
-from toolchain.backends import Order
+from toolchain.backends import Order, tensorrt_engine
 from toolchain.checkpoint import Checkpoint
 from toolchain.engine import Passport, write_passport
 from toolchain.errors import ToolError
+from toolchain.host import HostCommand
 from toolchain.plan import Plan
 from toolchain.workspace import Stamp
 
@@ -23,6 +24,13 @@ def inputs(plan: Plan, source_key: str) -> dict[str, Any]:
         "backend_version": backend.VERSION,
         "checkpoint": source_key,
     }
+
+
+def commands(order: Order) -> tuple[HostCommand, ...]:
+    """The foreign command lines that ``build`` would run for this order; none where the backend has no host."""
+    if order.plan.backend != tensorrt_engine.name or order.host is None:
+        return ()
+    return order.host.commands(tensorrt_engine.job(order))
 
 
 def refuse_if_lacking(order: Order, continue_with: str) -> None:

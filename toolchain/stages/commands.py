@@ -1,18 +1,18 @@
 """The command lines of a plan, ready to paste: scalellm's own and those of foreign programs. Runs and writes nothing.
 
-The TensorRT-LLM lanes end at the quantized checkpoint in this release. What follows it is told as far as it is known: a
-step that has no command yet says so. It does not look at the machine, and nothing here was run on a GPU.
+What builds a TensorRT-LLM engine comes from the host that was named. It does not look at the machine, and nothing here
+was run on a GPU.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolchain import build_flags
 from toolchain.backends.tensorrt_llmapi import settings
+from toolchain.host import HostCommand
 from toolchain.plan import Plan
 from toolchain.repository import IMAGES
 
@@ -46,10 +46,10 @@ class Lane:
     notes: tuple[str, ...]
 
 
-def commands(plan: Plan, spoken: str, model: str | None, work: Path) -> Lane:
-    """The steps of the plan's backend. ``spoken``: the recipe as it is named; ``model``: what replaces the recipe's.
+def commands(plan: Plan, spoken: str, model: str | None, work: Path, built: Sequence[HostCommand] = ()) -> Lane:
+    """The steps of the plan's backend. ``spoken``: the recipe as it is named; ``model``: what replaces the recipe's;
 
-    Raises PlanError where ``trtllm-build`` would not build what the plan says.
+    ``built``: what a host runs to build the engine.
     """
     home = ("--recipe", spoken, "--work", str(work))
     place = ("--recipe", spoken, *(("--model", model) if model else ()), "--work", str(work))
@@ -60,25 +60,22 @@ def commands(plan: Plan, spoken: str, model: str | None, work: Path) -> Lane:
     says = f"the quantized checkpoint, {folder / 'checkpoint'}"
     steps = [Step("quantize", says, "any machine", ("scalellm", "quantize", *place))]
     if plan.backend == "tensorrt_engine":
-        steps += _engine(plan, folder)
+        steps += _engine(plan, folder, place, built)
     else:
         steps += _llmapi(plan, folder, place, home)
     return Lane(tuple(steps), tuple(_notes(plan)))
 
 
-def _engine(plan: Plan, folder: Path) -> Iterator[Step]:
-    made = folder / "trtllm-checkpoint"
-    says = (
-        f"no command in this release: the quantized checkpoint has to become a TensorRT-LLM checkpoint, {made}, "
-        f"with tp {plan.tp} and pp {plan.pp}; {build_flags.PROGRAM} does not read the unified layout"
-    )
-    yield Step("convert", says, "any machine")
+def _engine(plan: Plan, folder: Path, place: tuple[str, ...], built: Sequence[HostCommand]) -> Iterator[Step]:
+    """The TensorRT-LLM checkpoint, what must be compiled first, and what the host runs."""
+    says = f"the TensorRT-LLM checkpoint, {folder / 'trtllm-checkpoint'}, with tp {plan.tp} and pp {plan.pp}"
+    yield Step("convert", says, "any machine", ("scalellm", "convert", *place))
     rebuild = plan.release.rebuild_for(plan.backend, plan.device.sm, plan.weights.name) if plan.release else None
     for step in rebuild.steps if rebuild else ():
         yield Step(step.name, step.says, step.where, step.argv, step.alternative)
-    argv = build_flags.command(plan, made, folder / "trtllm-engine")
-    where = f"in the image made above, on a GPU of SM {plan.device.sm}" if rebuild else _gpu(plan)
-    yield Step("build", "the engine; scalellm does not run this itself in this release", where, argv)
+    for one in built:
+        where = f"{one.where}; in the image made above, not the released one" if rebuild else one.where
+        yield Step("build", one.says, where, one.argv)
 
 
 def _llmapi(plan: Plan, folder: Path, place: tuple[str, ...], home: tuple[str, ...]) -> Iterator[Step]:
