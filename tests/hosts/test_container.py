@@ -81,6 +81,7 @@ def test_podman_names_gpus_as_cdi_devices(programs: Install, tmp_path: Path) -> 
     (command,) = hosts.load("container:podman,0,2").commands(job)
     assert command.argv[0] == "podman"
     assert {"--device=nvidia.com/gpu=0", "--device=nvidia.com/gpu=2"} <= set(command.argv)
+    assert "--security-opt=label=disable" in command.argv
     (command,) = hosts.load("container:0,2").commands(job)
     assert '--gpus="device=0,2"' in command.argv
 

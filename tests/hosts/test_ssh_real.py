@@ -20,10 +20,7 @@ from toolchain.progress import Silent
 
 asyncssh = pytest.importorskip("asyncssh", reason="no SSH server: pip install asyncssh")
 SSH, RSYNC = shutil.which("ssh"), shutil.which("rsync")
-pytestmark = [
-    pytest.mark.skipif(not SSH or not RSYNC, reason="no ssh or rsync client"),
-    pytest.mark.filterwarnings("ignore:coroutine 'Queue.join'"),  # asyncssh 2.24 at the end of a redirected command
-]
+pytestmark = pytest.mark.skipif(not SSH or not RSYNC, reason="no ssh or rsync client")
 
 
 class Server:
@@ -98,6 +95,7 @@ class Server:
             await asked.stdout.drain()
             await asked.stderr.drain()
             asked.exit(code)
+        await asked.wait_closed()
 
 
 @pytest.fixture

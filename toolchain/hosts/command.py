@@ -79,8 +79,9 @@ def container_argv(
     there yet is not pulled, which would take many minutes in silence. The build needs no network and gets none, unless
     ``network``. ``pinned`` is another image than the release's. memlock and stack are the limits that NVIDIA's images
     ask for at start; podman names GPUs as CDI devices, and without root maps the caller's uid only with keep-id
-    (podman-run(1)). Docker reads ``--gpus`` as CSV, so a list needs quotes of its own
-    (https://docs.docker.com/reference/cli/docker/container/run/#gpus).
+    (podman-run(1)), and SELinux would keep it from both folders and the GPU
+    (https://docs.nvidia.com/datacenter/cloud-native/container-toolkit/latest/cdi-support.html). Docker reads ``--gpus``
+    as CSV, so a list needs quotes of its own (https://docs.docker.com/reference/cli/docker/container/run/#gpus).
     """
     argv = [
         engine,
@@ -100,7 +101,7 @@ def container_argv(
     ]
     if PurePosixPath(engine).name == "podman":
         argv += ["--userns=keep-id"] if keep_id else []
-        argv += [f"--device=nvidia.com/gpu={gpu}" for gpu in gpus]
+        argv += ["--security-opt=label=disable", *(f"--device=nvidia.com/gpu={gpu}" for gpu in gpus)]
     else:
         listed = f'"device={",".join(gpus)}"' if len(gpus) > 1 else f"device={gpus[0]}"
         argv.append(f"--gpus={listed}")

@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from toolchain import runner
 from toolchain.host import EngineJob, HostCommand
 from toolchain.hosts import machine, watching
 from toolchain.hosts.command import image, read_gpus, with_gpus
 from toolchain.progress import Progress
-
-_PROBE_TIMEOUT_S = 120.0
 
 
 class Local:
@@ -45,7 +42,7 @@ class Local:
 def probe(job: EngineJob, tools: str, pinned: str = "") -> machine.Machine:
     """What this machine has; ``tools`` are the container tools to ask, ``"docker podman"``, for which image."""
     script = ("sh", "-c", machine.PROBE, "probe", str(job.out.absolute()), pinned or image(job.release), tools)
-    return machine.parse(runner.run(script, timeout_s=_PROBE_TIMEOUT_S, check=False).stdout)
+    return machine.parse(machine.ask(script, "this machine").stdout)
 
 
 def _visible() -> tuple[str, ...] | None:

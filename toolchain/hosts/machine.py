@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from toolchain import runner
 from toolchain.device import reported_device
+from toolchain.errors import ToolError
 from toolchain.host import EngineJob
 from toolchain.hosts.command import image, size_of
 from toolchain.units import format_bytes
@@ -55,6 +57,7 @@ Query fields: https://docs.nvidia.com/deploy/nvidia-smi/ (2026-11-01). https://p
 core-metadata/ says where the version stands."""
 
 _KIB = 1024
+_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,18 @@ class Machine:
         """The container tool to use: one that has the image, else one that answers, else any; empty for none."""
         ranked = sorted(self.tools, key=lambda tool: (tool not in self.images, bool(self.tools[tool])))
         return ranked[0] if ranked else ""
+
+
+def ask(argv: Sequence[str], where: str) -> runner.Completed:
+    """Run the script by this command. Raises ToolError where nothing comes back in two minutes."""
+    try:
+        return runner.run(argv, timeout_s=_TIMEOUT_S, check=False)
+    except ToolError as error:  # without the script, which nobody wants to read
+        words = error.message.splitlines()[-1] if error.message.startswith("cannot start") else "no answer"
+        raise ToolError(
+            f"{where} does not say what it has within {_TIMEOUT_S:g} s: {words}",
+            hint="nvidia-smi; docker info   # by hand, there: one of them hangs",
+        ) from error
 
 
 def parse(text: str) -> Machine:

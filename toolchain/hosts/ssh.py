@@ -36,7 +36,7 @@ WAITS_S = (2.0, 5.0, 15.0, 30.0, 60.0)
 """How long to wait before each new attempt after the connection dropped."""
 
 _TARGET = re.compile(r"(?P<host>(?:[A-Za-z0-9._][A-Za-z0-9._-]*@)?[A-Za-z0-9._][A-Za-z0-9._-]*)(?:/(?P<gpus>.*))?")
-_PROBE_TIMEOUT_S = 120.0
+_BRIEF_S = 120.0
 _DROPPED = frozenset({10, 12, 30, 35, 255})
 """ssh(1): 255. rsync(1): socket, protocol stream, and the two time-outs."""
 
@@ -63,7 +63,7 @@ class Ssh:
         if missing:
             return missing
         script = shlex.join(["sh", "-c", machine.PROBE, "probe", folder(job), image(job.release), "docker podman"])
-        done = runner.run(self._ssh(script), timeout_s=_PROBE_TIMEOUT_S, check=False)
+        done = machine.ask(self._ssh(script), self.host)
         if done.exit_code:
             return (f"a connection to {self.host}: {_last(done.stderr)}. Try: {self._mend(done.stderr)}",)
         found = machine.parse(done.stdout)
@@ -171,7 +171,7 @@ rm -rf "$empty\""""
             self._fail(code, job, log, f"rsync with {self.host}", "")
 
     def _briefly(self, command: HostCommand, job: EngineJob, log: Path) -> None:
-        done = runner.run(command.argv, timeout_s=_PROBE_TIMEOUT_S, check=False)
+        done = runner.run(command.argv, timeout_s=_BRIEF_S, check=False)
         if done.exit_code:
             watching.append(log, done.stderr)
             self._fail(done.exit_code, job, log, f"{self.host}, {command.says},", "")
