@@ -16,9 +16,9 @@ from toolchain.device import device
 from toolchain.host import EngineJob
 from toolchain.release import releases
 
-RTX4090 = "0, NVIDIA GeForce RTX 4090, 8.9, 24564, 24000, 595.10.02"
-L4 = "1, NVIDIA L4, 8.9, 23034, 22000, 595.10.02"
-A100 = "0, NVIDIA A100-SXM4-80GB, 8.0, 81920, 81000, 535.161.08"
+RTX4090 = "0, NVIDIA GeForce RTX 4090, GPU-4090, 8.9, 595.10.02, 24564, 24000"
+L4 = "1, NVIDIA L4, GPU-4, 8.9, 595.10.02, 23034, 22000"
+A100 = "0, NVIDIA A100-SXM4-80GB, GPU-100, 8.0, 535.161.08, 81920, 81000"
 
 SOURCE = '''
 import json, os, shutil, socket, subprocess, sys, time

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.hosts.fakes import Programs, make_job
+from tests.hosts.fakes import L4, Programs, make_job
 from toolchain import hosts
 from toolchain.hosts import ssh
 from toolchain.progress import Silent
@@ -138,7 +138,7 @@ def _library_path() -> dict[str, str]:
 def test_a_build_through_the_real_protocol(gpu_box: Callable[..., Any], tmp_path: Path) -> None:
     server, far = gpu_box()
     job = make_job(tmp_path / "work", gpus=2)
-    far.behave(gpus=["0, NVIDIA L4, 8.9, 1, 1, 595.1", "1, NVIDIA L4, 8.9, 1, 1, 595.1"])
+    far.behave(gpus=[L4.replace("1,", "0,", 1), L4])
     host = hosts.load("ssh:gpu-box")
     assert host.lacks(job) == ()
     host.build(job, tmp_path / "build.log", Silent())

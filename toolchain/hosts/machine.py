@@ -1,43 +1,37 @@
 """What a machine has that builds engines, asked with one shell script, here or over ssh; and what it lacks for a job.
 
-The script is POSIX sh and needs nothing but what every Linux has. The version of TensorRT-LLM is read from the metadata
-of the Python that ``trtllm-build`` names in its first line: importing ``tensorrt_llm`` would take half a minute.
+The script is POSIX sh and needs nothing but what every Linux has. ``installed`` knows how to ask for the version of
+TensorRT-LLM without importing it, ``gpu`` what nvidia-smi says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from toolchain import runner
-from toolchain.device import reported_device
+from toolchain import gpu as gpus
+from toolchain import installed, runner
 from toolchain.errors import ToolError
+from toolchain.gpu import Gpu
 from toolchain.host import EngineJob
 from toolchain.hosts.command import image, size_of
-from toolchain.units import format_bytes
+from toolchain.installed import is_release
+from toolchain.units import KIB, format_bytes
 
-VERSION = r"""
-trtllm_version() {
-  IFS= read -r first < "$(command -v trtllm-build)" || return
-  python=${first#??}; python=${python%% *}
-  case $python in */python*) ;; *) python=$(dirname "$(command -v trtllm-build)")/python3 ;; esac
-  [ -x "$python" ] || python=python3
-  "$python" -c "import importlib.metadata as m; print(m.version('tensorrt_llm'))" 2>&1 | tail -n 1
-}
+VERSION = f"""
+trtllm_version() {{
+  command -v trtllm-build > /dev/null && ({installed.ASK}) | sed -n 's/^tensorrt_llm //p'
+}}
 """
 """A shell function: the version of TensorRT-LLM whose ``trtllm-build`` is on PATH."""
 
-PROBE = (
-    VERSION
-    + r"""
+PROBE = f"""
 folder=$1 image=$2 tools=$3
-say() { printf 'scalellm %s %s\n' "$1" "$2"; }
-nvidia-smi --query-gpu=index,name,compute_cap,memory.total,memory.free,driver_version \
-  --format=csv,noheader,nounits 2>&1 | while IFS= read -r line; do say gpu "$line"; done
-if builder=$(command -v trtllm-build); then
-  say builder "$builder"
-  say version "$(trtllm_version)"
-fi
+say() {{ printf 'scalellm %s %s\\n' "$1" "$2"; }}
+nvidia-smi {shlex.join(gpus.QUERY)} 2>&1 | while IFS= read -r line; do say gpu "$line"; done
+nvidia-smi -L 2> /dev/null | while IFS= read -r line; do say listed "$line"; done
+({installed.ASK}) | sed 's/^/scalellm /'
 for tool in $tools; do
   command -v "$tool" > /dev/null || continue
   if said=$("$tool" info 2>&1 > /dev/null); then said=; fi
@@ -46,30 +40,14 @@ for tool in $tools; do
 done
 if [ -d "$folder" ]; then say used_kib "$(du -sk "$folder" | cut -f 1)"; fi
 while [ ! -d "$folder" ]; do folder=$(dirname "$folder"); done
-say disk_kib "$(df -Pk "$folder" | awk 'NR == 2 { print $4 }')"
-say ram_kib "$(awk '/^(MemAvailable|SwapFree):/ { sum += $2 } END { print sum }' /proc/meminfo)"
+say disk_kib "$(df -Pk "$folder" | awk 'NR == 2 {{ print $4 }}')"
+say ram_kib "$(awk '/^(MemAvailable|SwapFree):/ {{ sum += $2 }} END {{ print sum }}' /proc/meminfo)"
 if command -v rsync > /dev/null; then say rsync yes; fi
 """
-)
-"""Arguments: the folder whose disk is asked about, the image, the container tools to ask.
+"""Arguments: the folder whose disk is asked about, the image, the container tools to ask."""
 
-Query fields: https://docs.nvidia.com/deploy/nvidia-smi/ (2026-11-01). https://packaging.python.org/en/latest/specifications/
-core-metadata/ says where the version stands."""
-
-_KIB = 1024
+_INSTALLED = {"builder", "tensorrt_llm"}
 _TIMEOUT_S = 120.0
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One line of ``nvidia-smi``."""
-
-    index: str
-    name: str
-    sm: int
-    total_mib: int
-    free_mib: int
-    driver: str
 
 
 @dataclass
@@ -77,7 +55,7 @@ class Machine:
     """What the script found."""
 
     gpus: list[Gpu] = field(default_factory=list)
-    gpu_words: list[str] = field(default_factory=list)
+    gpu_words: str = ""
     """What ``nvidia-smi`` said instead of a GPU."""
     builder: str = ""
     version: str = ""
@@ -111,38 +89,32 @@ def ask(argv: Sequence[str], where: str) -> runner.Completed:
 
 def parse(text: str) -> Machine:
     """The script's output -> the machine. Other lines, such as a login's greeting, are none of ours."""
-    machine = Machine()
+    found: dict[str, list[str]] = {}
     for line in text.splitlines():
         mark, _, rest = line.partition(" ")
         if mark == "scalellm":
-            _take(machine, *rest.partition(" ")[::2])
-    return machine
+            word, _, value = rest.partition(" ")
+            found.setdefault(word, []).append(value)
+    rows = found.get("gpu", [])
+    builder, version = installed.parse("\n".join(f"{word} {found[word][-1]}" for word in _INSTALLED & found.keys()))
+    visible = list(gpus.parse("\n".join(rows), listing="\n".join(found.get("listed", ()))))
+    return Machine(
+        gpus=visible,
+        gpu_words="" if visible else " ".join(rows),
+        builder=builder or "",
+        version=version or "",
+        tools={name: wrong.strip() for name, _, wrong in (value.partition(" ") for value in found.get("tool", ()))},
+        images=set(found.get("image", ())),
+        disk_bytes=_bytes(found, "disk_kib"),
+        used_bytes=_bytes(found, "used_kib") or 0,
+        ram_bytes=_bytes(found, "ram_kib"),
+        rsync="rsync" in found,
+    )
 
 
-def _take(machine: Machine, word: str, value: str) -> None:
-    if word == "gpu":
-        gpu = _gpu(value)
-        machine.gpus.append(gpu) if gpu else machine.gpu_words.append(value)
-    elif word == "tool":
-        name, _, wrong = value.partition(" ")
-        machine.tools[name] = wrong.strip()
-    elif word == "image":
-        machine.images.add(value)
-    elif word in ("disk_kib", "used_kib", "ram_kib") and value.isdigit():
-        setattr(machine, word.replace("_kib", "_bytes"), int(value) * _KIB)
-    elif word in ("builder", "version"):
-        setattr(machine, word, value)
-    elif word == "rsync":
-        machine.rsync = True
-
-
-def _gpu(line: str) -> Gpu | None:
-    fields = [part.strip() for part in line.split(",")]
-    try:
-        index, *name, capability, total, free, driver = fields
-        return Gpu(index, ",".join(name), round(float(capability) * 10), int(total), int(free), driver)
-    except ValueError:
-        return None
+def _bytes(found: Mapping[str, Sequence[str]], word: str) -> int | None:
+    value = found.get(word, [""])[-1]
+    return int(value) * KIB if value.isdigit() else None
 
 
 def without_gpus(machine: Machine, job: EngineJob, used: Sequence[str] | None, *, on: str) -> list[str]:
@@ -152,40 +124,38 @@ def without_gpus(machine: Machine, job: EngineJob, used: Sequence[str] | None, *
     """
     wanted = f"{job.gpus} GPU{'s' * (job.gpus > 1)} of SM {job.device.sm}, such as the {job.device.title}"
     if not machine.gpus:
-        said = next((f" (nvidia-smi: {words})" for words in machine.gpu_words), "")
+        said = f" (nvidia-smi: {machine.gpu_words})" if machine.gpu_words else ""
         return [f"{wanted}: it shows no GPU{said}"]
     fitting = [gpu for gpu in machine.gpus if gpu.sm == job.device.sm]
     seen = ", ".join(f"{gpu.index}: {gpu.name} (SM {gpu.sm})" for gpu in machine.gpus)
     if len(fitting) < job.gpus:
         return [f"{wanted}: it has {seen}"]
-    taken = machine.gpus if used is None else [gpu for gpu in machine.gpus if gpu.index in used]
+    taken = machine.gpus if used is None else [gpu for gpu in machine.gpus if str(gpu.index) in used]
     if len(taken) < job.gpus or any(gpu not in fitting for gpu in taken):
-        named = ",".join(gpu.index for gpu in _best(fitting, job)[: job.gpus])
+        named = ",".join(str(gpu.index) for gpu in _best(fitting, job)[: job.gpus])
         which = "all that it has" if used is None else f"GPU {','.join(used)}"
         return [f"{wanted}: the build would see {which}, of {seen}. Name them: --on {on}{named}"]
     return _old_driver(taken, job)
 
 
-def _best(gpus: Iterable[Gpu], job: EngineJob) -> list[Gpu]:
+def _best(some: Iterable[Gpu], job: EngineJob) -> list[Gpu]:
     """The device of the plan itself first, then those with the most free memory."""
 
     def rank(gpu: Gpu) -> tuple[bool, int]:
-        known = reported_device(gpu.name)
-        return (known is None or known.name != job.device.name, -gpu.free_mib)
+        return (gpu.device is None or gpu.device.name != job.device.name, -(gpu.free_bytes or 0))
 
-    return sorted(gpus, key=rank)
+    return sorted(some, key=rank)
 
 
-def _old_driver(gpus: Sequence[Gpu], job: EngineJob) -> list[str]:
+def _old_driver(used: Sequence[Gpu], job: EngineJob) -> list[str]:
     """One line where the driver is too old, and the cards cannot make up for it.
 
     NVIDIA's data center cards run a newer CUDA on an older driver with the compatibility package that the images hold
     (https://docs.nvidia.com/deploy/cuda-compatibility/, 2026-11-22).
     """
     floor = job.release.driver
-    for gpu in gpus:
-        known = reported_device(gpu.name)
-        if not (known and known.data_center) and _digits(gpu.driver) < _digits(floor):
+    for gpu in used:
+        if not (gpu.device and gpu.device.data_center) and _digits(gpu.driver) < _digits(floor):
             return [f"NVIDIA driver {floor} or newer, for TensorRT-LLM {job.release.version}: it has {gpu.driver}"]
     return []
 
@@ -199,15 +169,10 @@ def without_builder(machine: Machine, job: EngineJob) -> list[str]:
     version = job.release.version
     if not machine.builder:
         return [f"trtllm-build of TensorRT-LLM {version}: it is not on PATH"]
-    if not same_release(machine.version, version):
+    if not is_release(machine.version, version):
         found = machine.version or "no version at all"
         return [f"trtllm-build of TensorRT-LLM {version}: {machine.builder} is of {found}"]
     return []
-
-
-def same_release(found: str, wanted: str) -> bool:
-    """Whether an installed version is that of the plan; ``0.17.0.post1`` and ``0.17.0+cu128`` are 0.17.0."""
-    return found.partition("+")[0].partition(".post")[0] == wanted
 
 
 def without_container(machine: Machine, job: EngineJob, engine: str, pinned: str = "") -> list[str]:
