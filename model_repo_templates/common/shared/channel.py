@@ -1,9 +1,8 @@
 """A private line between two models of one Triton server: an abstract Unix socket that only this user's processes use.
 
-Why not BLS: as we read python_backend at 24.10 (src/infer_request.cc ``Exec``, src/pb_stub.cc
-``ProcessBLSResponseDecoupled``, src/pb_tensor.cc), Triton 2.51 builds the arrays of a BLS answer without holding
-Python's lock. With other Python threads at work, one stub died of a segmentation fault in about ten runs of our tests,
-after which everything hung; over this line none did in 2,400 requests under load.
+Why not Triton's calls between models (BLS): with several Python threads at work in the model, the stub of Triton 2.51
+died of a segmentation fault in about one of ten runs of our tests, after which everything hung; over this line none did
+in 2,400 requests under load. We did not find the cause.
 
 Messages are tuples of plain values and numpy arrays. It knows nothing of what they mean.
 """

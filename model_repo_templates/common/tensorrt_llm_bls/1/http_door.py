@@ -1,9 +1,9 @@
 """The third way from ``tensorrt_llm_bls`` to an engine: this server's own HTTP port, as any client would use it.
 
-Triton's calls between models build the arrays of an answer in a thread that does not hold Python's lock
-(python_backend src/pb_stub.cc ``ProcessBLSResponseDecoupled``, at 24.10 and still on main in 2026-11). With a fast
-stand-in for an engine and four streams, 2.51 died of that within a second, and with one stream within a hundred
-answers; over HTTP nothing of it runs. What JSON cannot carry (tensors of two free dimensions, logits) goes the old way.
+Under Triton's own calls between models (BLS), with a fast stand-in for an engine and four streams, the stub of Triton
+2.51 died within a second, and with one stream within a hundred answers; over HTTP nothing of it runs. We did not find
+the cause, so no later Triton is taken to be free of it. What JSON cannot carry (tensors of two free dimensions, logits)
+goes the old way.
 """
 
 from __future__ import annotations
