@@ -247,6 +247,7 @@ def test_plan_says_that_the_builder_rounds_int8_weights_again_and_what_it_holds_
         assert decided(made, "int8 rows") == "rounded again by trtllm-build"
         told = next(warning for warning in made.warnings if "amax/128" in warning)
         assert f"{held} of 16-bit matrices for each rank" in told
+        assert ("lack the largest code are rounded anew" in told) == ("tp" in more)
     for other in ("device: cpu\nquantization: {weights: int8}", "device: a100\nquantization: {weights: int8_sq}"):
         assert not [warning for warning in plan(other).warnings if "amax/128" in warning]
 

@@ -192,7 +192,7 @@ def check_loader(
         for reason, hint in loader.misfits(config, weights.quant_algo, group_size or 0, recipe.parallel.tp):
             notes.refuse(reason, hint)
     if weights.name == "int8":
-        told = loader.rounds_again(config, recipe.parallel.tp * recipe.parallel.pp)
+        told = loader.rounds_again(config, recipe.parallel.tp, recipe.parallel.pp)
         notes.decide("int8 rows", "rounded again by trtllm-build", told, loader.ROUNDS_AGAIN_SOURCE)
         notes.warnings.append(told)
 

@@ -86,18 +86,23 @@ def _numbers(scaling: RopeScaling) -> tuple[float, float, float, int]:
     return (*factors, scaling.original_max_position_embeddings)
 
 
-def rounds_again(config: LlamaConfig, ranks: int) -> str:
-    """What ``trtllm-build`` does with int8 weights, for the plan; ``ranks``: tp x pp."""
-    held = 2 * linear_parameters(config) // ranks
+def rounds_again(config: LlamaConfig, tp: int, pp: int) -> str:
+    """What ``trtllm-build`` does with int8 weights, for the plan."""
+    held = 2 * linear_parameters(config) // (tp * pp)
+    cut = (
+        "; with tp, parts of o_proj's and down_proj's rows that lack the largest code are rounded anew, by half a step "
+        "(their own largest by one)"
+    )
     return (
-        "trtllm-build rounds int8 weights once more, each row by its amax/128, since no release reads rows of int8 "
-        "as we have them: errors of up to half a step more than what is measured on the checkpoint. It holds "
-        f"{format_bytes(held)} of 16-bit matrices for each rank while it does"
+        "no release reads rows of int8 as we have them: they go out as 16-bit numbers, which trtllm-build rounds "
+        "again, by amax/128. They are made so that it finds the same codes and scales, but for one code in rows whose "
+        f"largest are all -127, which becomes -128{cut if tp > 1 else ''}. It holds {format_bytes(held)} of 16-bit "
+        "matrices for each rank meanwhile"
     )
 
 
 ROUNDS_AGAIN_SOURCE = (
-    "TensorRT-LLM models/convert_utils.py weight_only_quantize_dict @03961722, @9b3c7124 and "
-    "models/modeling_utils.py preprocess_weights @01ea6d79"
+    "TensorRT-LLM models/convert_utils.py weight_only_quantize_dict @03961722, @9b3c7124; models/modeling_utils.py "
+    "preprocess_weights @01ea6d79; cutlass_preprocessors.cpp symmetric_quantize"
 )
 """Weights that are int8 already are taken for permuted ones, whose ``per_channel_scale`` is in the file, too."""

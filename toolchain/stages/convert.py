@@ -10,7 +10,7 @@ from toolchain.plan import Plan
 from toolchain.progress import Progress
 from toolchain.workspace import Draft
 
-VERSION = "1"
+VERSION = "2"
 """Raised when the same quantized checkpoint would give other files."""
 
 

@@ -35,9 +35,10 @@ class Export:
     int8_form: str = RESTORED
     """How weight-only int8 is stored, since TensorRT-LLM has no file format for it that holds on every GPU.
 
-    ``"restored"``: as 16-bit numbers, code times scale, which ``trtllm-build`` rounds to int8 again, by amax/128
-    (models/convert_utils.py ``weight_only_quantize_dict``). ``"codes"``: int8 and a scale for each row, as ModelOpt
-    0.47.0 exports W8A16; the loader that we read takes int8 weights for permuted ones and misses ``per_channel_scale``.
+    ``"restored"``: as 16-bit numbers, code times scale, of which ``trtllm-build`` makes int8 again
+    (models/convert_utils.py ``weight_only_quantize_dict``): the same codes, see ``numbers.restored``. ``"codes"``: int8
+    and a scale for each row, as ModelOpt 0.47.0 exports W8A16; the loader that we read takes int8 weights for permuted
+    ones and misses ``per_channel_scale``.
     """
     asked_dtype: str | None = None
     """What the engine computes in, a key of ``DTYPES``; None: the model's own."""

@@ -37,6 +37,30 @@ def narrow(numbers: Floats, dtype: str) -> Bytes:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").view(np.uint8)
 
 
+def restored(codes: npt.NDArray[np.int8], scales: Floats, dtype: str) -> Floats:
+    """int8 codes [rows, columns] and scales [rows] -> numbers of which, in F16 or BF16, ``trtllm-build`` makes the same
+    codes again.
+
+    It takes each row's amax / 128 for the scale, rounds to nearest and clips to -128..127 (``symmetric_quantize``,
+    cpp/tensorrt_llm/kernels/cutlass_kernels/cutlass_preprocessors.cpp, read 2026-11). So one code of 127 in each row is
+    stored as 128 scales: the scale is found again, and every code, that one by clipping. In a row whose largest are all
+    -127 one becomes -128. A row with neither, a rank's part of a matrix that is cut along its inputs, is stored as it
+    is: its codes are rounded anew, on a finer grid.
+
+    The scales are rounded to ``dtype``, in which the engine has them anyway: then a product is off by 127/256 of a step
+    at most in bfloat16, which rounds back, and not by two errors of that size.
+    """
+    scales = floats(narrow(128 * scales, dtype), dtype) / 128
+    numbers: Floats = codes * scales[:, None]
+    rows = np.arange(len(codes))
+    largest, least = (codes == 127).argmax(axis=1), (codes == -127).argmax(axis=1)
+    has_largest = codes[rows, largest] == 127
+    has_least = ~has_largest & (codes[rows, least] == -127) & (codes.min(axis=1) > -128)
+    numbers[rows[has_largest], largest[has_largest]] = 128 * scales[has_largest]
+    numbers[rows[has_least], least[has_least]] = -128 * scales[has_least]
+    return numbers
+
+
 def unpack_int4(packed: Bytes) -> npt.NDArray[np.int8]:
     """[out/2, in] -> [out, in] of -8..7: row 2r from the low nibbles of row r, row 2r + 1 from the high ones."""
     codes = np.empty((2 * packed.shape[0], packed.shape[1]), np.int8)

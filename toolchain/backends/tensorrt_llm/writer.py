@@ -24,7 +24,7 @@ from toolchain import workspace
 from toolchain.backends.tensorrt_llm.checks import check
 from toolchain.backends.tensorrt_llm.document import config_document
 from toolchain.backends.tensorrt_llm.export import DTYPE_NAMES, RESTORED, Export
-from toolchain.backends.tensorrt_llm.numbers import LARGEST, Floats, floats, narrow
+from toolchain.backends.tensorrt_llm.numbers import LARGEST, Floats, floats, narrow, restored
 from toolchain.backends.tensorrt_llm.split import Split
 from toolchain.backends.tensorrt_llm.tensors import Constant, Part, Restored, Slice, Tensor, rank_tensors
 from toolchain.checkpoint import Checkpoint
@@ -152,7 +152,7 @@ def _numbers(part: Slice | Restored, checkpoint: Checkpoint) -> Iterator[Floats]
         flat = np.ascontiguousarray(block).reshape(-1)
         if isinstance(part, Restored):
             scales = checkpoint.bytes_of(part.scale).view("<f4")[row : row + len(block)]
-            yield flat.view(np.int8).reshape(len(block), -1) * scales[:, None]
+            yield restored(flat.view(np.int8).reshape(len(block), -1), scales, part.dtype)
         else:
             yield floats(flat, stored)
 
