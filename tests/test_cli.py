@@ -163,7 +163,7 @@ def test_commands_as_json_hold_the_argv_and_the_release(scalellm):
 def test_commands_for_a_container_are_those_of_docker(scalellm, recorders):
     path = f"{recorders}:/usr/bin:/bin"
     said = json.loads(scalellm("commands", "--recipe", "l4", "--on", "container", "--json", PATH=path).stdout)
-    assert said["steps"][2]["argv"][:2] == ["docker", "run"]
+    assert [step["argv"][:2] for step in said["steps"][2:]] == [["mkdir", "-p"], ["docker", "run"]]
 
 
 def test_commands_of_a_cpu_recipe_say_that_there_is_no_foreign_one(scalellm):

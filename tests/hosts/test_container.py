@@ -30,9 +30,10 @@ def test_a_build_in_a_container_runs_exactly_the_command_that_is_printed(
     fake.behave(images=[IMAGE])
     host = hosts.load("container")
     assert host.lacks(job) == ()
-    (printed,) = host.commands(job)
+    _, printed = host.commands(job)
     host.build(job, tmp_path / "work" / "build.log", Silent())
     (run,) = [call for call in fake.calls(tool) if call["argv"][0] == "run"]
+    assert host.commands(job)[0].argv == ("mkdir", "-p", str(job.out))
     assert (tool, *run["argv"]) == printed.argv
     assert sorted(file.name for file in job.out.iterdir()) == ["config.json", "rank0.engine"]
 
@@ -42,7 +43,7 @@ def test_the_container_gets_the_pinned_image_the_callers_id_a_read_only_checkpoi
 ) -> None:
     programs("docker", "nvidia-smi")
     job = make_job(tmp_path / "work")
-    (command,) = hosts.load("container").commands(job)
+    _, command = hosts.load("container").commands(job)
     flags = set(command.argv)
     assert {
         "--rm",
@@ -59,7 +60,7 @@ def test_the_container_gets_the_pinned_image_the_callers_id_a_read_only_checkpoi
     } <= flags
     at = command.argv.index(IMAGE)
     assert command.argv[at + 1 :] == job.argv("/checkpoint", "/engine")
-    assert "--network=none" not in hosts.load("container:network").commands(job)[0].argv
+    assert "--network=none" not in hosts.load("container:network").commands(job)[1].argv
 
 
 def test_another_image_can_be_named_as_one_compiled_for_an_old_gpu(programs: Install, tmp_path: Path) -> None:
@@ -78,11 +79,11 @@ def test_another_image_can_be_named_as_one_compiled_for_an_old_gpu(programs: Ins
 def test_podman_names_gpus_as_cdi_devices(programs: Install, tmp_path: Path) -> None:
     programs("docker", "podman", "nvidia-smi")
     job = make_job(tmp_path / "work", gpus=2)
-    (command,) = hosts.load("container:podman,0,2").commands(job)
+    _, command = hosts.load("container:podman,0,2").commands(job)
     assert command.argv[0] == "podman"
     assert {"--device=nvidia.com/gpu=0", "--device=nvidia.com/gpu=2"} <= set(command.argv)
     assert "--security-opt=label=disable" in command.argv
-    (command,) = hosts.load("container:0,2").commands(job)
+    _, command = hosts.load("container:0,2").commands(job)
     assert '--gpus="device=0,2"' in command.argv
 
 

@@ -61,7 +61,7 @@ def test_the_build_says_its_release_and_its_gpu() -> None:
     assert pasted.startswith("trtllm-build \\\n")
 
 
-@pytest.mark.parametrize(("on", "first"), [("container", "docker"), ("ssh:gpu-box", "ssh"), ("sky", "sh")])
+@pytest.mark.parametrize(("on", "first"), [("container", "mkdir"), ("ssh:gpu-box", "ssh"), ("sky", "sh")])
 def test_another_host_has_its_own_commands(on: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     built = [step for step in lane(ENGINE, on=on).steps if step.name == "build"]

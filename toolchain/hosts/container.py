@@ -47,22 +47,29 @@ class Container:
         )
 
     def commands(self, job: EngineJob) -> tuple[HostCommand, ...]:
+        out = str(job.out.absolute())
         argv = container_argv(
             self._tool(),
             job,
             checkpoint=str(job.checkpoint.absolute()),
-            out=str(job.out.absolute()),
+            out=out,
             user=f"{os.getuid()}:{os.getgid()}",
             gpus=gpus_of(job, self.gpus),
             keep_id=os.getuid() != 0,
             network=self.network,
             pinned=self.pinned,
         )
-        return (HostCommand("the engine", f"this machine, in {self.pinned or image(job.release)}", argv),)
+        return (
+            HostCommand(
+                "a folder of the caller's own; docker would make it root's", "this machine", ("mkdir", "-p", out)
+            ),
+            HostCommand("the engine", f"this machine, in {self.pinned or image(job.release)}", argv),
+        )
 
     def build(self, job: EngineJob, log: Path, progress: Progress) -> None:
-        (command,) = self.commands(job)
+        folder, command = self.commands(job)
         watching.fresh(log)
+        runner.run(folder.argv)
         remove = (self._tool(), "rm", "--force", run_name(job))
         runner.run(remove, timeout_s=_RM_TIMEOUT_S, check=False)  # what a machine that lost its power left
         code = watching.build(command.argv, job, log, progress, on=self.name, afterwards=remove)
