@@ -107,11 +107,9 @@ def test_a_tritonserver_of_another_release_is_refused_with_what_to_do(
 def test_another_kind_of_gpu_is_refused_before_anything_starts(
     engine_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for card, wrong in (
-        ("NVIDIA L4, 8.9\\nNVIDIA A100-SXM4-80GB, 8.0", True),
-        ("NVIDIA L4, 8.9\\nNVIDIA L4, 8.9", False),
-    ):
-        program(tmp_path / "bin", "nvidia-smi", f"printf '{card}\\n'")
+    for second, wrong in (("NVIDIA A100-SXM4-80GB, GPU-1, 8.0", True), ("NVIDIA L4, GPU-1, 8.9", False)):
+        first, rest = "NVIDIA L4, GPU-0, 8.9", "580.95.05, 23034, 22000"
+        program(tmp_path / "bin", "nvidia-smi", f"echo '0, {first}, {rest}'; echo '1, {second}, {rest}'")
         program(tmp_path / "bin", "docker", "exit 0")
         monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
         if wrong:
