@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from toolchain.servers.triton.command import (
@@ -98,6 +99,16 @@ def test_ranks_run_under_mpirun_and_all_but_the_first_load_the_engine_alone() ->
     )
     assert command.env["OMPI_MCA_odls_base_sigkill_timeout"] == "8", "mpirun leaves its ranks time to drain"
     assert command.delete == ("/dev/shm/scalellm-1-ab*",), "of every rank"
+
+
+def test_every_rank_loads_the_engine_of_a_draft_model_too() -> None:
+    """As ``launch_triton_server.py --tensorrt_llm_model_name=tensorrt_llm,tensorrt_llm_draft`` does."""
+    command = local_command(
+        Path("/t/tritonserver"), replace(RANKS, engines=("tensorrt_llm", "tensorrt_llm_draft")), {"A": "1"}
+    )
+    first, second = " ".join(command.argv).split(" : ")
+    assert first.count("--load-model=") == 1
+    assert second.endswith("--load-model=tensorrt_llm --load-model=tensorrt_llm_draft")
 
 
 def test_ranks_in_a_container_get_a_gpu_each() -> None:

@@ -12,6 +12,7 @@ from typing import Literal
 
 CONTAINER_REPOSITORY = "/models"
 ENGINE_MODEL = "tensorrt_llm"
+DRAFT_MODEL = "tensorrt_llm_draft"
 """The only model that ranks beside the first load."""
 _SHM_SIZE, _SHM_SIZE_OF_RANKS = "1g", "4g"
 """Shared memory of a container: for Triton's Python models, and for NCCL between ranks. Our choice."""
@@ -46,6 +47,8 @@ class Settings:
     log_verbose: int = 0
     ranks: int = 1
     """Processes of one engine, each with a GPU of its own: tp x pp."""
+    engines: tuple[str, ...] = (ENGINE_MODEL,)
+    """The models that every rank loads; the others are on the first alone."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def server_flags(settings: Settings, repository: str, rank: int = 0) -> tuple[st
         f"--log-verbose={settings.log_verbose}",
     ]
     if settings.load == "all":
-        flags.append(f"--load-model={ENGINE_MODEL if rank else '*'}")
+        flags += [f"--load-model={model}" for model in (settings.engines if rank else ("*",))]
     return tuple(flags)
 
 

@@ -25,7 +25,7 @@ from toolchain import runner
 from toolchain.errors import EndpointError, ScalellmError
 from toolchain.progress import Progress, Silent
 from toolchain.servers.triton import causes, probe
-from toolchain.servers.triton.command import Ports, Settings
+from toolchain.servers.triton.command import DRAFT_MODEL, ENGINE_MODEL, Ports, Settings
 from toolchain.servers.triton.health import Health, Policy
 from toolchain.servers.triton.locate import Server
 from toolchain.servers.triton.ports import check_ports
@@ -93,6 +93,7 @@ class Supervisor:
             exit_timeout_s=exit_timeout_s,
             name=f"scalellm-{os.getpid()}-{secrets.token_hex(4)}",
             ranks=ranks,
+            engines=tuple(model for model in (ENGINE_MODEL, DRAFT_MODEL) if (repository / model).is_dir()),
         )
         self.service = service
         self._log = log
