@@ -17,6 +17,7 @@ from toolchain.pipeline import Job
 from toolchain.progress import Progress, Silent
 from toolchain.recipe import load_recipe
 from toolchain.repository import Repository
+from toolchain.stages.commands import commands
 from toolchain.vocabulary import difference
 
 MADE = ["checkpoint", "draft/checkpoint", "trtllm-checkpoint", "draft/trtllm-checkpoint", "engine", "draft/engine"]
@@ -188,3 +189,19 @@ def test_lists_of_pieces_and_sentencepiece_files_are_compared_too(tmp_path: Path
 def test_backend_without_drafts_is_refused_before_the_draft_is_looked_for(tmp_path: Path, model: Path) -> None:
     with pytest.raises(PlanError, match="the openvino backend cannot do this yet"):
         job(tmp_path, model, Path("no/such-model"), device="cpu")
+
+
+def test_commands_of_both_models_are_printed(tmp_path: Path, model: Path, small: Path) -> None:
+    made = job(tmp_path, model, small)
+    assert made.draft
+    lane = commands(made.plan, "pair", None, tmp_path / "work")
+    both = lane.with_draft(commands(made.draft.plan, "pair", None, made.folder))
+    builds = {step.name: step.argv for step in both.steps if step.argv[:1] == ("trtllm-build",)}
+    assert list(builds) == ["build", "build of the draft model"]
+    assert "--max_draft_len" in builds["build"]
+    second = builds["build of the draft model"]
+    assert "--max_draft_len" not in second
+    folder = Path(second[second.index("--checkpoint_dir") + 1])
+    assert folder == made.folder / "draft" / "trtllm-checkpoint"
+    assert [step.argv[:2] for step in both.steps].count(("scalellm", "quantize")) == 1
+    assert set(lane.notes) <= set(both.notes)

@@ -66,6 +66,9 @@ def commands(recipe: str, model: str | None, work: Path, on: tuple[str, ...], js
     job = open_job(screen, recipe, model, work, on=on)
     built = job.host_commands(job.folder / "trtllm-engine")
     lane, release = lane_of(job.plan, job.spoken, model, work, built), job.plan.release
+    if job.draft:
+        drafted = job.draft.host_commands(job.draft.folder / "trtllm-engine")
+        lane = lane.with_draft(lane_of(job.draft.plan, job.spoken, None, job.folder, drafted))
     screen.emit(
         {
             "recipe": job.recipe.name,

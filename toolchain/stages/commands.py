@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from toolchain.backends.tensorrt_llmapi import settings
@@ -44,6 +44,12 @@ class Lane:
 
     steps: tuple[Step, ...]
     notes: tuple[str, ...]
+
+    def with_draft(self, draft: Lane) -> Lane:
+        """With the foreign commands of the draft model's own lane; scalellm's own commands make both."""
+        steps = (step for step in draft.steps if step.argv[:1] != ("scalellm",))
+        named = (replace(step, name=f"{step.name} of the draft model") for step in steps)
+        return Lane((*self.steps, *named), (*self.notes, *(note for note in draft.notes if note not in self.notes)))
 
 
 def commands(plan: Plan, spoken: str, model: str | None, work: Path, built: Sequence[HostCommand] = ()) -> Lane:
