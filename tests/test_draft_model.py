@@ -12,7 +12,8 @@ import pytest
 from tests.engine_folder import config_json
 from toolchain.engine import Engine, Limits
 from toolchain.errors import PlanError
-from toolchain.host import EngineJob, HostCommand
+from toolchain.host import EngineJob, Host, HostCommand
+from toolchain.hosts.local import Local
 from toolchain.pipeline import Job
 from toolchain.progress import Progress, Silent
 from toolchain.recipe import load_recipe
@@ -69,7 +70,7 @@ def small(random_llama: Callable[..., Path]) -> Path:
 
 
 def job(
-    folder: Path, model: Path, draft: Path, *, tokens: int = 4, device: str = "a100", host: Bench | None = None
+    folder: Path, model: Path, draft: Path, *, tokens: int = 4, device: str = "a100", host: Host | None = None
 ) -> Job:
     recipe = folder / "pair.yaml"
     recipe.write_text(RECIPE.format(draft=draft, tokens=tokens, device=device))
@@ -192,10 +193,11 @@ def test_backend_without_drafts_is_refused_before_the_draft_is_looked_for(tmp_pa
 
 
 def test_commands_of_both_models_are_printed(tmp_path: Path, model: Path, small: Path) -> None:
-    made = job(tmp_path, model, small)
+    made = job(tmp_path, model, small, host=Local())
     assert made.draft
-    lane = commands(made.plan, "pair", None, tmp_path / "work")
-    both = lane.with_draft(commands(made.draft.plan, "pair", None, made.folder))
+    lane = commands(made.plan, "pair", None, tmp_path / "work", made.host_commands(made.folder / "engine"))
+    drafted = made.draft.host_commands(made.draft.folder / "engine")
+    both = lane.with_draft(commands(made.draft.plan, "pair", None, made.folder, drafted))
     builds = {step.name: step.argv for step in both.steps if step.argv[:1] == ("trtllm-build",)}
     assert list(builds) == ["build", "build of the draft model"]
     assert "--max_draft_len" in builds["build"]
