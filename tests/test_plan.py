@@ -115,7 +115,7 @@ def test_plan_refuses_long_prompts_on_a_t4_and_says_what_would_fit() -> None:
     assert "attention workspace" in message
     found = dict(part.split(": ") for part in hint.removeprefix("Any one of these would fit: ").split("; "))
     for key, value in found.items():
-        limits = {"max_batch_size": "8", key: value}
+        limits = {"max_batch_size": "8", key: value.split(" (")[0]}
         plan("device: t4\nquantization: {weights: int4}\nlimits: " + json.dumps(limits).replace('"', ""))
     assert "max_input_len" in found
 
@@ -349,7 +349,7 @@ def test_splitting_over_two_cards_makes_16_bits_fit() -> None:
 def test_plan_says_by_how_much_it_does_not_fit_and_every_offer_fits() -> None:
     message, hint = refusal("device: rtx4090")
     assert "MiB more than the RTX 4090 has, 24564 MiB" in message
-    assert "linear weights: 23.63 GiB" in message
+    assert "MLP weights: 15.82 GiB" in message
     assert "weights: fp8" in hint
     assert "weights: int4" in hint
     for weights in ("fp8", "int4"):

@@ -118,8 +118,8 @@ def test_memory_counts_the_draft_and_its_cache_as_lines_of_their_own() -> None:
     alone = make_plan(parse_recipe(f"model: m\n{text}", Path("mine.yaml")), LLAMA_13B).memory
     both = plan(text).memory
     lines = {line.name: line.bytes for line in both.lines}
-    # 22 layers x (2 x 2048 x 2048 + 2 x 256 x 2048 + 3 x 5632 x 2048) weights of 2 bytes
-    assert lines["draft: linear weights"] == 22 * (2 * 2048**2 + 2 * 256 * 2048 + 3 * 5632 * 2048) * 2
+    assert lines["draft: attention weights"] == 22 * (2 * 2048**2 + 2 * 256 * 2048) * 2
+    assert lines["draft: MLP weights"] == 22 * 3 * 5632 * 2048 * 2
     assert lines["draft: KV cache"] == both.max_kv_tokens * 22 * 4 * 2 * 64 * 2
     assert "draft: CUDA context" not in lines  # one process
     assert both.total > alone.total
@@ -135,7 +135,7 @@ def test_cache_size_of_a_recipe_is_shared_with_the_draft() -> None:
 
 def test_draft_that_does_not_fit_is_refused_by_the_memory_plan() -> None:
     large = replace(TINY, num_layers=80, hidden_size=4096, intermediate_size=11008, head_dim=128)
-    assert "memory: it needs" in refusal("device: l4\nquantization: {weights: fp8}", large)
+    assert "memory: fp8 weights and fp16 KV need" in refusal("device: l4\nquantization: {weights: fp8}", large)
 
 
 def test_step_holds_the_whole_sequence_because_each_step_sends_it() -> None:

@@ -12,7 +12,15 @@ from math import ceil
 from typing import Literal
 
 from toolchain.family import LINEARS, LlamaConfig, linear_shape
-from toolchain.memory import linear_parameters, scale_bytes, small_parameters, weight_bytes
+from toolchain.memory import (
+    DRAFT,
+    RESERVE,
+    WEIGHT_LINES,
+    linear_parameters,
+    scale_bytes,
+    small_parameters,
+    weight_bytes,
+)
 from toolchain.plan import Plan
 from toolchain.units import MIB, format_bytes
 
@@ -25,9 +33,6 @@ hundreds were taken for 70B (TensorRT-LLM issues 743, 577, 102). Not measured by
 
 CONVERT_RAM = 512 * MIB
 """Python, numpy and pieces of 4 MiB, beside the pages of one matrix (backends/tensorrt_llm/writer.py). Our bound."""
-
-_LONG_TERM = ("linear weights", "weight scales", "embedding and head", "norms", "norms and biases")
-"""Terms of the memory plan that are the engine's file too."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +124,10 @@ def _convert(plan: Plan, quantized: int) -> list[Peak]:
 def _builder(plan: Plan, quantized: int) -> list[Peak]:
     """One engine is built at a time, whatever ``services`` says; each rank on a GPU of its own."""
     made, ranks = converted_bytes(plan), plan.tp * plan.pp
-    lines = {line.name: line.bytes // plan.services for line in plan.memory.lines}
-    vram = sum(size for name, size in lines.items() if name != "KV cache")
-    engine = ranks * sum(lines.get(name, 0) for name in _LONG_TERM)
+    lines = {line.name: line.bytes // plan.services for line in plan.memory.lines if line.name != RESERVE}
+    vram = sum(size for name, size in lines.items() if name != "KV cache" and not name.startswith(DRAFT))
+    vram += sum(line.bytes for line in plan.memory.lines if line.name == RESERVE)
+    engine = ranks * sum(lines.get(name, 0) for name in WEIGHT_LINES)
     why = ""
     if plan.weights.quant_algo == "W8A16":
         why = ": the builder rounds 16-bit weights to int8 as it loads them"

@@ -6,13 +6,13 @@ It knows shapes, number formats and limits. It does not know recipes or backends
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from toolchain.device import Device
 from toolchain.engine import Limits
-from toolchain.family import LlamaConfig, kept_tensors, layer_linears, linear_shape
+from toolchain.family import LINEARS, LlamaConfig, kept_tensors, linear_shape
 from toolchain.quantization import KvScheme, WeightScheme
 from toolchain.units import GIB, MIB, format_bytes
 
@@ -45,6 +45,18 @@ exactly. Measured with 2026.4.1 under bf16."""
 PROCESS = "CUDA context"
 """The term that two engines in one process share."""
 
+DRAFT = "draft: "
+"""How the terms of a draft model begin."""
+
+RESERVE = "reserve"
+"""The term of the device's memory that others have."""
+
+WEIGHT_LINES = (
+    *("attention weights", "MLP weights", "weight scales"),
+    *("embedding", "head", "embedding or head", "norms", "norms and biases"),
+)
+"""The terms that are an engine's file too."""
+
 LOGITS_COPIES = 2
 """fp32 logits and the copy that sampling sorts. Our assumption."""
 
@@ -72,6 +84,14 @@ class MemoryPlan:
     """Tokens in the cache of one service."""
     sequences_at_full_length: int
     """Sequences of max_seq_len that the cache of one service holds at once; a window may leave less of each in it."""
+    kv_bytes_per_sequence: int
+    """What one of them takes."""
+    services: int
+
+    @property
+    def free_bytes(self) -> int | None:
+        """What stays free beside all of this; None where the device's memory is not known."""
+        return None if self.available is None else max(0, self.available - self.total)
 
     @property
     def missing_bytes(self) -> int:
@@ -81,7 +101,21 @@ class MemoryPlan:
 
 def linear_parameters(config: LlamaConfig) -> int:
     """Weights of the seven linears of every layer: 12 687 769 600 for Llama-2-13B."""
-    return sum(out * inner for out, inner in _shapes(config))
+    return attention_parameters(config) + mlp_parameters(config)
+
+
+def attention_parameters(config: LlamaConfig) -> int:
+    """Weights of q, k, v and o of every layer: 4 194 304 000 for Llama-2-13B."""
+    return _parameters(config, "self_attn.")
+
+
+def mlp_parameters(config: LlamaConfig) -> int:
+    """Weights of gate, up and down of every layer: 8 493 465 600 for Llama-2-13B."""
+    return _parameters(config, "mlp.")
+
+
+def _parameters(config: LlamaConfig, part: str) -> int:
+    return config.num_layers * sum(prod(linear_shape(config, name)) for name in LINEARS if name.startswith(part))
 
 
 def parameters(config: LlamaConfig) -> int:
@@ -99,16 +133,13 @@ def small_parameters(config: LlamaConfig) -> int:
     return config.num_layers * per_layer + config.hidden_size
 
 
-def _shapes(config: LlamaConfig) -> Iterator[tuple[int, int]]:
-    return (linear_shape(config, linear) for _, linear in layer_linears(config))
-
-
 def scale_bytes(config: LlamaConfig, weights: WeightScheme, group_size: int, *, bytes_per_scale: int) -> int:
     """Bytes of the weights' scales: per group (int4), output channel (int8) or matrix (fp8).
 
     ``bytes_per_scale`` of int4: 4 in the checkpoint and on a CPU; 2 in a TensorRT-LLM engine, which casts them.
     """
-    in_checkpoint = sum(weights.scale_bytes(out, inner, group_size) for out, inner in _shapes(config))
+    shapes = [linear_shape(config, linear) for linear in LINEARS]
+    in_checkpoint = config.num_layers * sum(weights.scale_bytes(out, inner, group_size) for out, inner in shapes)
     return in_checkpoint * bytes_per_scale // 4 if weights.group_sizes else in_checkpoint
 
 
@@ -167,6 +198,7 @@ def memory_plan(
     host_memory_bytes: int | None = None,
     sequence_tokens: int | None = None,
     draft: LlamaConfig | None = None,
+    reserve_bytes: int = 0,
 ) -> MemoryPlan:
     """Every term of one device's memory, for all its services.
 
@@ -174,7 +206,7 @@ def memory_plan(
     most ``KV_FREE_FRACTION`` of what is left, and at least one sequence of max_seq_len (which then may not fit).
     ``host_memory_bytes`` is the memory of a device that does not state its own, the CPU. ``sequence_tokens`` is what a
     sequence of max_seq_len takes in the cache, where that is another number. ``draft`` is a second model in the same
-    process, quantized alike, whose cache holds as many tokens.
+    process, quantized alike, whose cache holds as many tokens. ``reserve_bytes`` of the device belong to others.
     """
     sequence = sequence_tokens or limits.max_seq_len
     fixed = list(_fixed(config, weights, limits, device, tp=tp, pp=pp, group_size=group_size))
@@ -185,15 +217,20 @@ def memory_plan(
     draft_per_token = kv_bytes_per_token(draft, kv, tp=tp, pp=pp, cpu=device.is_cpu) if draft else 0
     if draft:
         lines_of_draft = _fixed(draft, weights, limits, device, tp=tp, pp=pp, group_size=group_size)
-        fixed += [replace(line, name=f"draft: {line.name}") for line in lines_of_draft if line.name != PROCESS]
+        fixed += [replace(line, name=DRAFT + line.name) for line in lines_of_draft if line.name != PROCESS]
     available = device.memory_bytes if device.memory_bytes is not None else host_memory_bytes
-    free = None if available is None else available // services - sum(line.bytes for line in fixed)
+    free = None if available is None else (available - reserve_bytes) // services - sum(line.bytes for line in fixed)
     if kv_pool_bytes is not None:
         kv_tokens = kv_pool_bytes // (per_token + draft_per_token)
     tokens = _auto_tokens(limits, sequence, per_token + draft_per_token, free) if kv_tokens is None else kv_tokens
-    caches = [("KV cache", per_token), ("draft: KV cache", draft_per_token)][: 2 if draft else 1]
-    fixed += [MemoryLine(name, tokens * size, f"{tokens} tokens x {size} B ({kv.name})") for name, size in caches]
-    lines = tuple(_times(line, services) for line in fixed)
+    caches = [("KV cache", per_token), (f"{DRAFT}KV cache", draft_per_token)][: 2 if draft else 1]
+    each = f"{kv.name}; a sequence of {sequence} takes"
+    fixed += [
+        MemoryLine(name, tokens * size, f"{tokens} tokens x {size} B ({each} {format_bytes(sequence * size)})")
+        for name, size in caches
+    ]
+    kept = [MemoryLine(RESERVE, reserve_bytes, "of the device, for a desktop or others")] if reserve_bytes else []
+    lines = (*(_times(line, services) for line in fixed), *kept)
     total = sum(line.bytes for line in lines)
     return MemoryPlan(
         lines=lines,
@@ -203,6 +240,8 @@ def memory_plan(
         kv_bytes_per_token=per_token,
         max_kv_tokens=tokens,
         sequences_at_full_length=tokens // sequence,
+        kv_bytes_per_sequence=sequence * per_token,
+        services=services,
     )
 
 
@@ -216,21 +255,17 @@ def _fixed(
     if device.is_cpu and weights.quant_algo == "FP8":
         bits, why = CPU_FP8_BITS, ", unpacked: OpenVINO multiplies no FP8 (with precision f32 twice that)"
     share = ceil(config.num_layers / pp) / config.num_layers / tp
-    yield MemoryLine(
-        "linear weights",
-        ceil(linear_parameters(config) * bits / 8 * share),
-        f"{linear_parameters(config)} x {bits} bits{why}",
-    )
+    attention = ceil(attention_parameters(config) * bits / 8 * share)
+    rest = ceil(linear_parameters(config) * bits / 8 * share) - attention
+    yield MemoryLine("attention weights", attention, f"{attention_parameters(config)} x {bits} bits{why}")
+    yield MemoryLine("MLP weights", rest, f"{mlp_parameters(config)} x {bits} bits{why}")
     bytes_per_scale = 4 if device.is_cpu or not weights.group_sizes else 2
     scales = scale_bytes(config, weights, group_size, bytes_per_scale=bytes_per_scale)
     if scales:
         shared = {"group": f"{group_size} input channels", "row": "output channel"}
         what = f"one per {shared.get(weights.scale, weights.scale)}"
         yield MemoryLine("weight scales", ceil(scales * share), f"{what}, {bytes_per_scale} B each")
-    table = config.vocab_size * config.hidden_size * dtype_bytes
-    tables = [table] if config.tied_embeddings else [table, ceil(table / tp)]
-    how = f"{config.vocab_size} x {config.hidden_size} x {dtype_bytes} B x {len(tables)}"
-    yield MemoryLine("embedding and head", sum(tables) if pp == 1 else max(tables), how)
+    yield from _tables(config, dtype_bytes, tp=tp, pp=pp)
     small, what = small_parameters(config), "norms and biases" if config.biased else "norms"
     yield MemoryLine(what, small * dtype_bytes, f"{small} x {dtype_bytes} B")
     element_bytes = 4 if device.is_cpu else 2
@@ -248,6 +283,18 @@ def _fixed(
         yield MemoryLine("runtime workspaces", RUNTIME_BYTES, "our assumption")
 
 
+def _tables(config: LlamaConfig, dtype_bytes: int, *, tp: int, pp: int) -> Iterator[MemoryLine]:
+    """The embedding, whole on each rank, and the head, split by tp; with pp a rank has one of them."""
+    table = config.vocab_size * config.hidden_size * dtype_bytes
+    how = f"{config.vocab_size} x {config.hidden_size} x {dtype_bytes} B"
+    if pp > 1:
+        yield MemoryLine("embedding or head", table, f"{how}; no rank has both")
+        return
+    yield MemoryLine("embedding", table, f"{how}; the head is the same" if config.tied_embeddings else how)
+    if not config.tied_embeddings:
+        yield MemoryLine("head", ceil(table / tp), f"{how} / {tp}" if tp > 1 else how)
+
+
 def _auto_tokens(limits: Limits, sequence: int, per_token: int, free: int | None) -> int:
     """Cache tokens of one service: what the limits can use, in whole blocks, within the free memory."""
     sequence = ceil(sequence / TOKENS_PER_BLOCK) * TOKENS_PER_BLOCK
@@ -262,21 +309,3 @@ def _times(line: MemoryLine, services: int) -> MemoryLine:
     if services == 1:
         return line
     return MemoryLine(line.name, line.bytes * services, f"{services} services x {format_bytes(line.bytes)}: {line.how}")
-
-
-def smaller_limits(limits: Limits, fits: Callable[[Limits], bool]) -> Iterator[str]:
-    """For each limit alone, the largest halving of it that ``fits``, as a recipe says it: ``"max_seq_len: 2048"``."""
-    for key, least in (("max_input_len", 256), ("max_seq_len", 256), ("max_batch_size", 1)):
-        value = getattr(limits, key) // 2
-        while value >= least:
-            if fits(_within(replace(limits, **{key: value}))):
-                yield f"{key}: {value}"
-                break
-            value //= 2
-
-
-def _within(limits: Limits) -> Limits:
-    """Limits made consistent again after one of them shrank."""
-    prompt = min(limits.max_input_len, limits.max_seq_len)
-    tokens = min(limits.max_num_tokens, limits.max_batch_size * limits.max_seq_len)
-    return replace(limits, max_input_len=prompt, max_num_tokens=tokens)

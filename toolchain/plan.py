@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from toolchain import decisions as rules
+from toolchain.capacity import Cache, capacity
 from toolchain.decisions import Decision, Notes
 from toolchain.device import Device, Price, device, prices
 from toolchain.engine import Limits
@@ -20,12 +21,11 @@ from toolchain.forecast import Forecast, forecast
 from toolchain.gate import Gate, choose_gate
 from toolchain.kv_window import KvWindow, choose_window
 from toolchain.latency import Deployment, interconnect
-from toolchain.memory import MemoryPlan, memory_plan, smaller_limits
+from toolchain.memory import MemoryPlan
 from toolchain.quantization import KV, WEIGHTS, KvScheme, WeightScheme
 from toolchain.recipe import Recipe
 from toolchain.release import Release, backends
 from toolchain.speculation import Speculation, check_reuse, choose_speculation
-from toolchain.units import MIB, format_bytes, parse_bytes
 from toolchain.variant import settle
 
 
@@ -61,6 +61,8 @@ class Plan:
     gate: Gate | None
     """Whether the engine's answers must be verified before it serves: ``"required"``, ``"advised"`` or not."""
     memory: MemoryPlan
+    deployment: Deployment | None
+    """What the estimates are of; None on a CPU."""
     latency: Forecast | None
     """What it will probably take; None on a CPU, of which nobody published factors that hold elsewhere."""
     prices: tuple[Price, ...]
@@ -150,7 +152,7 @@ class Plan:
             "services": self.services,
             "container": self.release.container if self.release else None,
             "gate": self.gate,
-            "memory": asdict(self.memory),
+            "memory": {**asdict(self.memory), "free_bytes": self.memory.free_bytes},
             "latency": asdict(self.latency) if self.latency else None,
             "prices": [asdict(price) for price in self.prices],
             "decisions": [asdict(decision) for decision in self.decisions],
@@ -190,13 +192,15 @@ def make_plan(
         check_reuse(weights, kv, window, fused=fused, fp8_fused=fp8_fused, notes=notes)
     rules.check_shapes(recipe, config, group_size, target, notes)
     rules.check_loader(recipe, config, weights, group_size, backend, notes)
-    cache = _Cache(window, speculation)
-    memory = _memory(recipe, config, weights, kv, limits, target, notes, cache, fused=fused, host=host_memory_bytes)
+    cache = Cache(window, speculation)
+    memory = capacity(recipe, config, weights, kv, limits, target, notes, cache, fused=fused, host=host_memory_bytes)
     _explain(recipe, weights, kv, target, memory, notes)
     calibrates = rules.choose_calibration(recipe, config, weights, kv, backend, notes)
     gate = choose_gate(weights, kv, target, backend, release, notes)
     notes.raise_if_refused(recipe.name)
     notes.warnings.extend(_warnings(recipe, weights, kv, target, backend, release))
+    made = _deployment(recipe, config, weights, kv, target, window, fused=fused)
+    drafted = speculation is not None
     return Plan(
         recipe=recipe,
         config=config,
@@ -218,100 +222,28 @@ def make_plan(
         calibrates=calibrates,
         gate=gate,
         memory=memory,
-        latency=_latency(recipe, config, weights, kv, limits, target, memory, cache, fused=fused),
+        deployment=made,
+        latency=forecast(made, limits, memory.sequences_at_full_length, drafted=drafted) if made else None,
         prices=prices(target.name),
         decisions=tuple(notes.decisions),
         warnings=tuple(notes.warnings),
     )
 
 
-@dataclass(frozen=True)
-class _Cache:
-    """What decides how much of the cache a sequence takes, and who shares the device."""
-
-    window: KvWindow | None
-    speculation: Speculation | None
-
-    def sequence_tokens(self, limits: Limits) -> int:
-        drafted = self.speculation.tokens if self.speculation else 0
-        return self.window.kept(limits.max_seq_len) if self.window else limits.max_seq_len + drafted
-
-
-def _memory(
+def _deployment(
     recipe: Recipe,
     config: LlamaConfig,
     weights: WeightScheme,
     kv: KvScheme,
-    limits: Limits,
     target: Device,
-    notes: Notes,
-    cache: _Cache,
+    window: KvWindow | None,
     *,
     fused: bool,
-    host: int | None,
-) -> MemoryPlan:
-    """The memory of the plan; refuses what does not fit, and says by how much and what would."""
-
-    def ask(
-        weights: WeightScheme = weights, kv: KvScheme = kv, limits: Limits = limits, services: int = recipe.services
-    ) -> MemoryPlan:
-        size = recipe.kv_cache.size
-        return memory_plan(
-            config,
-            weights,
-            kv,
-            limits,
-            target,
-            tp=recipe.parallel.tp,
-            pp=recipe.parallel.pp,
-            services=services,
-            unfused_attention=not fused,
-            group_size=recipe.quantization.group_size,
-            kv_tokens=recipe.kv_cache.max_tokens,
-            kv_pool_bytes=parse_bytes(size) if size else None,
-            host_memory_bytes=host,
-            sequence_tokens=cache.sequence_tokens(limits),
-            draft=cache.speculation.draft if cache.speculation else None,
-        )
-
-    found = ask()
-    if found.missing_bytes:
-        accepts = backends()[recipe.backend or target.backends[0]]
-        better = [
-            f"weights: {n}" for n in accepts.weights if _helps(WEIGHTS[n], target) and ask(weights=WEIGHTS[n]).fits
-        ]
-        better += [f"kv_cache dtype: {n}" for n in accepts.kv if _helps(KV[n], target) and ask(kv=KV[n]).fits]
-        better += smaller_limits(limits, lambda changed: ask(limits=changed).fits)
-        better += [f"services: {n}" for n in range(recipe.services - 1, 0, -1) if ask(services=n).fits][:1]
-        has = "" if found.available is None else f", {found.available // MIB} MiB"
-        notes.refuse(
-            f"memory: it needs {format_bytes(found.total)}, {-(-found.missing_bytes // MIB)} MiB more than the "
-            f"{target.title} has{has} (largest term: {_largest(found)})",
-            "Any one of these would fit: " + "; ".join(better) if better else "No single change of the recipe fits",
-        )
-    elif not found.fits:
-        key, needed = "size" if recipe.kv_cache.size else "max_tokens", cache.sequence_tokens(limits)
-        reason = f"kv_cache.{key} holds {found.max_kv_tokens} tokens, not one sequence of {needed}"
-        notes.refuse(reason, f"Use kv_cache max_tokens: {needed} or more, or a shorter max_seq_len")
-    return found
-
-
-def _latency(
-    recipe: Recipe,
-    config: LlamaConfig,
-    weights: WeightScheme,
-    kv: KvScheme,
-    limits: Limits,
-    target: Device,
-    memory: MemoryPlan,
-    cache: _Cache,
-    *,
-    fused: bool,
-) -> Forecast | None:
-    """The speed of one service of the plan; None on a CPU."""
+) -> Deployment | None:
+    """One service of the plan as ``latency`` sees it; None on a CPU."""
     if target.is_cpu:
         return None
-    made = Deployment(
+    return Deployment(
         config,
         weights,
         kv,
@@ -320,21 +252,9 @@ def _latency(
         pp=recipe.parallel.pp,
         group_size=recipe.quantization.group_size,
         fused_attention=fused,
-        window=cache.window.tokens if cache.window else None,
+        window=window.tokens if window else None,
         interconnect=interconnect(target.name),
     )
-    return forecast(made, limits, memory.sequences_at_full_length, drafted=cache.speculation is not None)
-
-
-def _helps(scheme: WeightScheme | KvScheme, target: Device) -> bool:
-    return scheme.quant_algo is not None and scheme.needs <= target.dtypes
-
-
-def _largest(memory: MemoryPlan) -> str:
-    """The largest term that is not the cache, which takes what is left: ``"linear weights take 23.63 GiB"``."""
-    fixed = (line for line in memory.lines if not line.name.endswith("KV cache"))
-    line = max(fixed, key=lambda line: line.bytes)
-    return f"{line.name}: {format_bytes(line.bytes)}"
 
 
 def _explain(

@@ -254,6 +254,9 @@ class Overrides(Section):
     limits: RecipeLimits | None = Field(default=None, description="How many sequences, and how long, there.")
     parallel: Parallel | None = Field(default=None, description="Split over several GPUs there.")
     services: Few | None = Field(default=None, description="Copies of the service there.")
+    reserve: Annotated[str, AfterValidator(_size)] | None = Field(
+        default=None, description="Memory of it that others have."
+    )
 
 
 class Recipe(Section):
@@ -290,6 +293,11 @@ class Recipe(Section):
     limits: RecipeLimits = Field(default=RecipeLimits(), description="How many sequences, and how long.")
     parallel: Parallel = Field(default=Parallel(), description="Split over several GPUs.")
     services: Few = Field(default=1, description="Copies of the service on the same device.")
+    reserve: Annotated[str, AfterValidator(_size)] | None = Field(
+        default=None,
+        description="Memory of the device that others have, such as a desktop on it. Default: none.",
+        examples=["600MiB"],
+    )
     serve: Serve = Field(default=Serve(), description="Where the server listens.")
     cpu: Cpu = Field(default=Cpu(), description="Settings of the openvino backend.")
     per_device: dict[Annotated[str, AfterValidator(_known_device)], Overrides] = Field(
