@@ -14,17 +14,21 @@ from toolchain.device import device
 from toolchain.engine import Limits
 from toolchain.family import ATTENTION_IN, LlamaConfig, expected_tensors, published
 from toolchain.memory import (
+    WEIGHT_LINES,
     MemoryPlan,
     activation_bytes,
+    attention_parameters,
     kv_bytes_per_token,
     linear_parameters,
     memory_plan,
+    mlp_parameters,
     parameters,
     scale_bytes,
     unfused_attention_bytes,
     weight_bytes,
 )
 from toolchain.quantization import KV, WEIGHTS
+from toolchain.quantizers.layout import Scheme, units
 from toolchain.units import GIB, MIB
 
 
@@ -96,6 +100,51 @@ def test_our_checkpoint_has_fp32_scales_and_is_larger_than_the_engine_by_them() 
     assert scale_bytes(LLAMA_13B, WEIGHTS["int8_sq"], 128, bytes_per_scale=4) == rows * 4
     fp8, int8 = (weight_bytes(LLAMA_13B, WEIGHTS[name]) for name in ("fp8", "int8"))
     assert int8 - fp8 == (rows - 280) * 4
+
+
+@pytest.mark.parametrize("weights", ["fp8", "int4", "int8"])
+def test_weights_of_llama_13b_are_the_sum_of_the_tensors_that_its_checkpoint_gets(weights: str) -> None:
+    scheme = Scheme(weights, 128, "mse", "fp16")
+    tensors = (tensor for unit in units(LLAMA_13B, lambda _name: "F16", scheme) for tensor in unit.tensors)
+    assert weight_bytes(LLAMA_13B, WEIGHTS[weights]) == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_attention_and_mlp_are_lines_of_their_own() -> None:
+    lines = {line.name: line.bytes for line in _plan("none", "fp16", "a100-80gb").lines}
+    assert lines["attention weights"] == attention_parameters(LLAMA_13B) * 2 == 40 * 4 * 5120**2 * 2
+    assert lines["MLP weights"] == mlp_parameters(LLAMA_13B) * 2 == 40 * 3 * 5120 * 13824 * 2
+    assert lines["embedding"] == lines["head"] == 32000 * 5120 * 2
+    tied = memory_plan(SMALL, WEIGHTS["none"], KV["fp16"], LIMITS, device("l4"))
+    assert "head" not in {line.name for line in tied.lines}
+    split = {line.name: line.bytes for line in _plan("none", "fp16", "a100-80gb", tp=2, pp=2).lines}
+    assert split["embedding or head"] == 32000 * 5120 * 2
+    assert split["attention weights"] + split["MLP weights"] == linear_parameters(LLAMA_13B) * 2 // 4
+
+
+def test_the_weight_lines_are_the_bytes_of_the_weights() -> None:
+    for weights in ("none", "fp8", "int4", "int8"):
+        lines = _plan(weights, "fp16", "h200").lines
+        held = sum(line.bytes for line in lines if line.name in WEIGHT_LINES)
+        assert held == weight_bytes(LLAMA_13B, WEIGHTS[weights], bytes_per_scale=2)
+
+
+def test_a_reserve_is_taken_once_from_the_device_and_leaves_less_for_the_cache() -> None:
+    limits = Limits(32, 4096, 4096, 4096)
+    free, kept = (_plan("fp8", "fp8", "rtx4090", limits, reserve_bytes=size) for size in (0, GIB))
+    assert next(line for line in kept.lines if line.name == "reserve").bytes == GIB
+    assert 0 < free.max_kv_tokens - kept.max_kv_tokens <= GIB // 409_600
+    assert kept.fits
+    three = _plan("int4", "int8", "a100-80gb", services=3, reserve_bytes=GIB)
+    assert next(line for line in three.lines if line.name == "reserve").bytes == GIB
+    assert three.free_bytes == 81920 * MIB - three.total > 0
+
+
+def test_kv_is_told_per_token_and_per_sequence() -> None:
+    made = _plan("fp8", "fp8", "rtx4090")
+    assert made.kv_bytes_per_sequence == 4096 * made.kv_bytes_per_token == 4096 * 409_600
+    how = next(line.how for line in made.lines if line.name == "KV cache")
+    assert "409600 B" in how
+    assert "a sequence of 4096 takes 1.56 GiB" in how
 
 
 def test_kv_of_llama_13b_takes_the_published_bytes_per_token() -> None:
@@ -205,6 +254,29 @@ def test_more_memory_never_fits_less(
     assert after.max_kv_tokens >= before.max_kv_tokens
     assert after.fits or not before.fits
     assert before.fits == (before.total <= small.memory_mib * MIB)  # type: ignore[operator]
+
+
+@settings(max_examples=60, deadline=None)
+@given(CARDS, SCHEMES, st.integers(1, 32), st.integers(256, 4096), st.integers(0, 8 * 1024))
+def test_more_reserve_never_fits_more(
+    card: str, schemes: tuple[str, str], batch: int, length: int, reserve_mib: int
+) -> None:
+    limits = Limits(batch, length, length, min(4096, batch * length))
+    without, kept = (_plan(*schemes, card, limits, reserve_bytes=size * MIB) for size in (0, reserve_mib))
+    assert kept.max_kv_tokens <= without.max_kv_tokens
+    assert without.fits or not kept.fits
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 16), st.integers(8, 128), st.sampled_from([1, 2, 4]), st.integers(1, 64))
+def test_fp8_is_never_larger_than_16_bits_and_int4_never_than_fp8(layers: int, width: int, tp: int, batch: int) -> None:
+    config = replace(SMALL, num_layers=layers, hidden_size=width * 128, intermediate_size=width * 256)
+    limits = Limits(batch, 1024, 1024, 1024)
+    totals = [
+        memory_plan(config, WEIGHTS[name], KV["fp8"], limits, device("h200"), tp=tp, kv_tokens=1024).total
+        for name in ("none", "fp8", "int4")
+    ]
+    assert totals == sorted(totals, reverse=True)
 
 
 def test_fp8_weights_take_sixteen_bits_on_a_cpu_and_eight_on_a_gpu() -> None:

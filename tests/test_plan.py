@@ -357,6 +357,38 @@ def test_plan_says_by_how_much_it_does_not_fit_and_every_offer_fits() -> None:
     assert "services: 2" in refusal("device: a100\nservices: 4")[1]
 
 
+def test_what_would_fit_stands_with_the_sequences_that_it_holds() -> None:
+    message, hint = refusal("device: rtx4090\nlimits: {max_num_tokens: 4096}")
+    assert message.startswith("mine: this recipe cannot run: memory: none weights and fp16 KV need ")
+    (fp8,) = (part for part in hint.split("; ") if part.startswith(("weights: fp8", "Any one of these would fit: w")))
+    made = plan("device: rtx4090\nquantization: {weights: fp8}\nlimits: {max_num_tokens: 4096}")
+    count = made.memory.sequences_at_full_length
+    assert fp8.endswith(f"({count} sequences of 4096 tokens)")
+
+
+def test_two_changes_are_offered_where_no_single_one_fits() -> None:
+    text = "device: t4\nlimits: {max_batch_size: 4, max_seq_len: 4096, max_input_len: 512, max_num_tokens: 2048}\n"
+    _, hint = refusal(text + "services: 2")
+    assert hint.startswith("Nothing that a recipe can change")
+    _, hint = refusal("device: t4\nlimits: {max_batch_size: 4, max_seq_len: 4096, max_num_tokens: 4096}")
+    offers = hint.removeprefix("Any one of these would fit: ").split("; ")
+    assert offers
+    for offer in offers:
+        weights, second = offer.split(" (")[0].removeprefix("weights: ").split(" with ")
+        key, value = second.split(": ")
+        limits = {"max_batch_size": 4, "max_seq_len": 4096, "max_num_tokens": 4096, key: value}
+        said = ", ".join(f"{name}: {number}" for name, number in limits.items() if name.startswith("max_"))
+        kv = value if key == "kv_cache dtype" else "fp16"
+        text = f"device: t4\nquantization: {{weights: {weights}}}\nkv_cache: {{dtype: {kv}}}\nlimits: {{{said}}}"
+        assert plan(text).memory.fits
+
+
+def test_reserve_of_a_recipe_is_kept_free_and_named_where_nothing_else_helps() -> None:
+    text = "device: rtx4090\nquantization: {weights: fp8}\nkv_cache: {dtype: fp8}\nlimits: {max_batch_size: 16}\n"
+    assert plan(text + "reserve: 600MiB").max_kv_tokens < plan(text).max_kv_tokens
+    assert "no reserve (" in refusal(text + "reserve: 10GiB")[1]
+
+
 def test_plan_checks_a_cpu_against_the_memory_that_it_is_told() -> None:
     mine = recipe("device: cpu\nquantization: {weights: int4}")
     assert make_plan(mine, LLAMA_13B, host_memory_bytes=32 * GIB).memory.available == 32 * GIB

@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 from toolchain import family, workspace
 from toolchain.checkpoint import Checkpoint
 from toolchain.errors import ArtifactError, PlanError
+from toolchain.memory import weight_bytes
 from toolchain.progress import Silent, Task
+from toolchain.quantization import WEIGHTS
 from toolchain.quantizers import int4
 from toolchain.stages.quantize import REPORT, quantize
 
@@ -546,3 +548,16 @@ def test_peak_memory_is_bounded_by_matrices_not_by_the_model(
         peaks.append(int(out.splitlines()[-1]) * 1024)
     layer_bytes = 2 * (1024 * 1024 + 2 * 1024 * 256 + 1024 * 1024 + 3 * 1024 * 2048)
     assert peaks[1] - peaks[0] < 2 * layer_bytes < 6 * layer_bytes
+
+
+@pytest.mark.parametrize("weights", ["none", "fp8", "int8", "int4"])
+@pytest.mark.parametrize("variant", ["gqa-fp16", "tied-fp32"])
+def test_the_memory_plan_counts_the_bytes_of_the_checkpoint_exactly(
+    random_llama: Callable[..., Path], tmp_path: Path, weights: str, variant: str
+) -> None:
+    model = random_llama(**VARIANTS[variant])
+    config = Checkpoint.open(model).config
+    written = run(model, tmp_path / "made", weights=weights, group_size=64)
+    nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(written).values())
+    counted = weight_bytes(config, WEIGHTS[weights], 64, bytes_per_scale=4, dtype_bytes=config.dtype_bytes)
+    assert counted == nbytes
