@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from tests.chatml import END, PAD, SPECIAL, START, write_chatml_tokenizer
+from toolchain.chat import llama2_chat
 from toolchain.errors import ArtifactError, PlanError, RecipeError
 from toolchain.quantizers.conversations import BUILTIN_FILE, data_digest
-from toolchain.quantizers.samples import Samples, llama2_chat, load_samples
+from toolchain.quantizers.samples import Samples, load_samples
 
 TALK = [
     {"role": "system", "content": "Be kind."},

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from toolchain.errors import ArtifactError, PlanError, RecipeError
+from toolchain.chat import ChatTemplate
+from toolchain.errors import ArtifactError, PlanError, RecipeError, RejectedError
 from toolchain.quantizers.conversations import BUILTIN, Record, read_records
 
 DATE = "26 Jul 2024"
@@ -74,7 +75,8 @@ def _encoder(folder: Path, chat_template: bool) -> Callable[[Record], list[int]]
     tokenizer = _tokenizer(folder)
     bos = tokenizer.bos_token_id
     uses_bos = bos is not None and list(tokenizer.encode("a"))[:1] == [bos]
-    render = functools.partial(_render, tokenizer) if chat_template else None
+    own = ChatTemplate(tokenizer.chat_template or None, tokenizer.special_tokens_map)
+    render = functools.partial(_render, own) if chat_template else None
 
     def encode(record: Record) -> list[int]:
         templated = render is not None and bool(record.messages)
@@ -108,57 +110,13 @@ def _tokenizer(folder: Path) -> Any:
         raise ArtifactError(f"{folder}: the model's tokenizer cannot be loaded: {error}") from error
 
 
-def _render(tokenizer: Any, record: Record) -> str:
+def _render(template: ChatTemplate, record: Record) -> str:
     """A conversation as the model was trained on it: its own template; else Llama-2's."""
     messages = [{"role": role, "content": content} for role, content in record.messages]
-    if not tokenizer.chat_template:
-        return llama2_chat(record.messages, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
     try:
-        return str(_apply(tokenizer, messages))
-    except Exception as refused:  # jinja2's errors, or whatever a template's own code makes of a message
-        merged = _without_system(messages)
-        if merged == messages:
-            raise _refused(record, refused) from refused
-        try:
-            return str(_apply(tokenizer, merged))
-        except Exception as error:
-            raise _refused(record, error) from error
-
-
-def _apply(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> Any:
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, date_string=DATE)
-
-
-def _refused(record: Record, error: Exception) -> RecipeError:
-    return RecipeError(
-        f"{record.where}: the model's chat template refuses this conversation: {error}",
-        hint="Most templates want user and assistant to take turns, the user first. "
-        "Or leave the template out: calibration: {chat_template: false}",
-    )
-
-
-def _without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """For templates that know no system role: its text goes in front of what the user says first."""
-    if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
-        return messages
-    first = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-    return [first, *messages[2:]]
-
-
-def llama2_chat(messages: Iterable[tuple[str, str]], *, bos: str, eos: str) -> str:
-    """(role, content) of each turn -> Llama-2's prompt format, each pair of turns between ``bos`` and ``eos``.
-
-    Source: https://github.com/meta-llama/llama llama/generation.py, chat_completion (2023-07).
-    """
-    text, system = "", ""
-    open_turn = False
-    for role, content in messages:
-        if role == "system":
-            system = f"<<SYS>>\n{content.strip()}\n<</SYS>>\n\n"
-        elif role == "user":
-            text += f"{bos}[INST] {system}{content.strip()} [/INST]"
-            system, open_turn = "", True
-        else:
-            text += f"{'' if open_turn else bos} {content.strip()} {eos}"
-            open_turn = False
-    return text
+        return template.render(messages, answer=False, date_string=DATE)
+    except RejectedError as error:
+        raise RecipeError(
+            f"{record.where}: {error.message}",
+            hint=f"{error.hint}\nOr leave the template out: calibration: {{chat_template: false}}",
+        ) from error
