@@ -248,6 +248,23 @@ def test_answers_keep_sequences_apart_and_gather_log_probs(tokenizer: Tokenizer)
     assert first.strip() == "the quick fox"
     assert second.strip() == "lazy"
     assert extra["output_log_probs"].shape == (1, 1, len(fox))
+    assert extra["output_ids"].reshape(-1).tolist() == fox
+
+
+def test_an_answer_ends_by_length_only_when_all_tokens_were_given_and_nothing_stopped_it(tokenizer: Tokenizer) -> None:
+    def ending(text: str, max_tokens: int, end_id: int = -1, stop: str = "dog") -> tuple[str, int]:
+        answers = Answers(tokenizer, Anchor(tokenizer), [stop], True)
+        ids = tokenizer.encode(text, special=False)
+        answers.push({"output_ids": np.array([[ids]]), "sequence_length": np.array([[len(ids)]])})
+        answers.finish()
+        found = answers.summary(0, max_tokens, end_id)
+        return found["finish_reason"][0].decode(), int(found["num_output_tokens"][0, 0])
+
+    fox, dog = (tokenizer.encode(text, special=False) for text in ("the quick fox", "the lazy dog"))
+    assert ending("the quick fox", len(fox)) == ("length", len(fox))
+    assert ending("the quick fox", len(fox) + 1) == ("stop", len(fox))
+    assert ending("the quick fox", len(fox), end_id=fox[-1]) == ("stop", len(fox))
+    assert ending("the lazy dog", len(dog)) == ("stop", len(dog))
 
 
 @pytest.fixture(scope="module", params=["plain", "bos in the configuration of the model"])

@@ -9,7 +9,7 @@ import numpy as np
 from detokenizer import Anchor, Decoder, Stream
 from stop_text import StopText
 
-_GROWING = ("output_log_probs",)
+_GROWING = ("output_log_probs", "output_ids")
 """Tensors that come in pieces, along the last axis; of all others the last one counts."""
 
 
@@ -21,6 +21,9 @@ class Answer:
         self._stop = StopText(stop_words)
         self._text: list[str] = []
         self._extra: dict[str, Any] = {}
+        self._last_id: int | None = None
+        self.tokens = 0
+        """How many the engine gave, without those after a stop word."""
 
     @property
     def stopped(self) -> bool:
@@ -32,11 +35,18 @@ class Answer:
         if self.stopped:
             return
         self._text.append(self._stop.push(self._stream.push(ids)))
+        self.tokens += len(ids)
+        self._last_id = ids[-1] if len(ids) else self._last_id
         for name, array in extra.items():
             if name in _GROWING:
                 self._extra.setdefault(name, []).append(array)
             else:
                 self._extra[name] = array
+
+    def finish_reason(self, max_tokens: int, end_id: int) -> str:
+        """``"length"`` where the engine gave all the tokens that were asked for, else ``"stop"``."""
+        ended = self.stopped or self._last_id == end_id
+        return "length" if self.tokens >= max_tokens and not ended else "stop"
 
     def finish(self) -> None:
         """The engine is done: what was held back is part of the text after all."""
@@ -61,14 +71,15 @@ class Answers:
 
     def push(self, tensors: dict[str, np.ndarray]) -> int:
         """One response of ``tensorrt_llm``: output_ids [1, beams, n], sequence_length [1, beams] and more. Returns the
-        sequence index."""
+        sequence index. With log probabilities come the ids that they are of."""
         lengths = tensors["sequence_length"].reshape(-1).tolist()
         rows = tensors["output_ids"].reshape(len(lengths), -1)
         index = int(tensors["sequence_index"].reshape(-1)[0]) if "sequence_index" in tensors else 0
         beams = self._answers.setdefault(index, [self._make() for _ in lengths])
         extra = {name: array for name, array in tensors.items() if name not in ("output_ids", "sequence_length")}
         for beam, row, length in zip(beams, rows, lengths, strict=True):
-            beam.push(row[:length].tolist(), extra)
+            ids = {"output_ids": row[:length].reshape(1, 1, -1)} if "output_log_probs" in extra else {}
+            beam.push(row[:length].tolist(), {**extra, **ids})
         return index
 
     def finish(self) -> None:
@@ -89,6 +100,15 @@ class Answers:
         taken = [beam.take() for beam in self._answers[index]]
         extra = {name: array for _text, tensors in taken for name, array in tensors.items()}
         return [text for text, _tensors in taken], extra
+
+    def summary(self, index: int, max_tokens: int, end_id: int) -> dict[str, np.ndarray]:
+        """How a sequence ended: finish_reason [beams], and num_output_tokens [1, 1] over its beams."""
+        beams = self._answers[index]
+        reasons = [beam.finish_reason(max_tokens, end_id).encode() for beam in beams]
+        return {
+            "finish_reason": np.array(reasons, dtype=object),
+            "num_output_tokens": np.array([[sum(beam.tokens for beam in beams)]], dtype=np.int32),
+        }
 
     def _beams(self) -> list[Any]:
         return [beam for beams in self._answers.values() for beam in beams]

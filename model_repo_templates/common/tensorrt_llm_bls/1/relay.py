@@ -95,7 +95,7 @@ class Relay:
         if self._cancelled:
             raise FailedError("the client cancelled this request", "CANCELLED")
         answers.finish()
-        self._send_rest(answers, streaming, "" if streaming else self._prompt_text(prepared))
+        self._send_rest(answers, streaming, prepared)
 
     def _follow(self, answers: Answers, tensors: dict[str, np.ndarray], streaming: bool) -> None:
         """Take the engine's responses as they come; stop it when every sequence has met a stop word."""
@@ -119,14 +119,21 @@ class Relay:
         if any(texts) or "output_log_probs" in extra:
             self._send(self._response(texts, extra), 0)
 
-    def _send_rest(self, answers: Answers, streaming: bool, prompt: str) -> None:
-        """The last responses, one a sequence. Without any text left, a stream ends with the bare flag, and after drafts
-        with an empty text: the last step's draft is counted in it."""
-        pieces = [answers.take(index) for index in answers.indices]
-        if streaming:
-            pieces = [(texts, extra) for texts, extra in pieces if any(texts) or self._drafts]
-        for texts, extra in pieces:
-            self._send(self._response([prompt + text for text in texts], extra), 0)
+    def _send_rest(self, answers: Answers, streaming: bool, prepared: dict[str, np.ndarray]) -> None:
+        """The last responses, one a sequence. Without any text left, a stream ends with the bare flag, unless
+        ``return_num_output_tokens`` asks how each sequence ended, or drafts were used: the last step's draft is counted
+        in it. The prompt's tokens are counted here, because not every release's engine does it.
+        """
+        inputs, prompt = self._inputs, "" if streaming else self._prompt_text(prepared)
+        told, counts = scalar(inputs, "return_num_output_tokens", False), {}
+        if scalar(inputs, "return_num_input_tokens", False):
+            counts["num_input_tokens"] = prepared["REQUEST_INPUT_LEN"].astype(np.int32)
+        for index in answers.indices:
+            texts, extra = answers.take(index)
+            ending = answers.summary(index, scalar(inputs, "max_tokens", 0), scalar(prepared, "OUT_END_ID", -1))
+            ending = {**counts, **ending} if told else counts
+            if any(texts) or told or self._drafts or not streaming:
+                self._send(self._response([prompt + text for text in texts], {**ending, **extra}), 0)
         self._send(None, _FINAL)
 
     def _response(self, texts: list[str], extra: dict[str, np.ndarray]) -> Any:

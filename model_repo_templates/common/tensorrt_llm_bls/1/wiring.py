@@ -112,18 +112,20 @@ class EngineNames:
     def inputs(self, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Newest names -> the engine's. RefusedError for one that it lacks, unless it asks for nothing.
 
-        ``exclude_input_in_output`` is left out: every engine here is told so by its configuration.
+        ``exclude_input_in_output`` is left out: every engine here is told so by its configuration; and so is what
+        ``tensorrt_llm_bls`` counts itself.
         """
         names = dict(self.renamed)
         found = {}
         for name, array in tensors.items():
             if name not in self.lacks:
                 found[names.get(name, name)] = array
-            elif name != "exclude_input_in_output" and not says_nothing(array, _NEUTRAL.get(name, 0.0)):
+            elif name not in _NOT_NEEDED and not says_nothing(array, _NEUTRAL.get(name, 0.0)):
                 raise RefusedError(f"{name}: the engine's release, {self.release}, does not have it")
         return found
 
 
+_NOT_NEEDED = frozenset({"exclude_input_in_output", "return_num_input_tokens", "return_num_output_tokens"})
 _NEUTRAL = {"num_return_sequences": 1.0}
 """Values besides zero that ask for nothing."""
 NEWEST = EngineNames()
