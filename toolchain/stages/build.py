@@ -40,13 +40,18 @@ def refuse_if_lacking(order: Order, continue_with: str) -> None:
     """
     lacking = backends.load(order.plan.backend).lacks(order)
     if lacking:
-        where = "on this machine" if order.host is None or order.host.name == "local" else f"on {order.host.name}"
         raise ToolError(
-            f"{order.plan.recipe.name}: the {order.plan.backend} engine cannot be built {where}. It lacks:\n"
+            f"{order.plan.recipe.name}: the {order.plan.backend} engine cannot be built {_where(order)}. It lacks:\n"
             + "\n".join(f"  - {what}" for what in lacking)
             + f"\nNothing is lost: the plan is made and what the engine is built from lies in {order.source}",
             hint=continue_with,
         )
+
+
+def _where(order: Order) -> str:
+    name = order.host.name if order.host else "local"
+    spoken = {"local": "on this machine", "container": "in a container on this machine"}
+    return spoken.get(name.partition(":")[0], f"on {name}")
 
 
 def build(order: Order, checkpoint: Checkpoint, *, source: Stamp) -> None:
