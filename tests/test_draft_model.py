@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -207,3 +208,16 @@ def test_commands_of_both_models_are_printed(tmp_path: Path, model: Path, small:
     assert folder == made.folder / "draft" / "trtllm-checkpoint"
     assert [step.argv[:2] for step in both.steps].count(("scalellm", "quantize")) == 1
     assert set(lane.notes) <= set(both.notes)
+
+
+def test_explain_prints_how_both_engines_are_built(
+    tmp_path: Path, scalellm: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    text = RECIPE.format(device="a100", draft="TinyLlama/TinyLlama-1.1B-Chat-v1.0", tokens=4)
+    recipe = tmp_path / "pair.yaml"
+    recipe.write_text(text.replace("unused/unused", "meta-llama/Llama-2-13b-chat-hf"))
+    done = scalellm("build", "--recipe", recipe, "--work", tmp_path / "work", "--explain")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trtllm-build") == 2
+    assert done.stdout.count("--max_draft_len 4") == 1
+    assert "draft build: to do" in done.stdout

@@ -226,7 +226,8 @@ def _explained(screen: Screen, job: Job, state: State) -> dict[str, Any]:
     from toolchain.stages.commands import paste
 
     screen.say(_explain(state))
-    commands = () if state.fresh or state.name != "engine" else job.host_commands()
+    owner = job.draft if job.draft and state.name != state.kind else job
+    commands = () if state.fresh or state.kind != "engine" else owner.host_commands()
     for command in commands:
         screen.say(f"# {command.says} ({command.where})\n{paste(command.argv)}")
     return {**vars(state), "stage": state.stage, **({"commands": [vars(one) for one in commands]} if commands else {})}

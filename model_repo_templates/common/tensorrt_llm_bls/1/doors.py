@@ -1,7 +1,7 @@
 """Two ways from ``tensorrt_llm_bls`` to preprocessing and the engine; a parameter of the model chooses.
 
-``bls``: Triton's own calls between models, for every backend; see ``channel.py`` for what Triton 2.51 can do when
-several threads use them. ``line``: the prompt is prepared in this process, and the engine's model is called
+``bls``: Triton's own calls between models, for every backend; see ``http_door.py`` for what they do to a process that
+makes many. ``line``: the prompt is prepared in this process, and the engine's model is called
 over a private line; only engines of this repository's own ``tensorrt_llm`` have one. A third is in ``http_door.py``.
 """
 
