@@ -171,7 +171,6 @@ def test_bls_asks_for_no_output_that_the_release_lacks(release: Release) -> None
     [
         ("num_return_sequences", 2, "0.14.0"),
         ("guided_decoding_guide", "{}", "0.19.0"),
-        ("return_num_input_tokens", True, "1.0.0"),
     ],
 )
 def test_what_a_release_cannot_do_is_refused_by_name(release: Release, tensor: str, value: Any, first: str) -> None:
@@ -186,6 +185,12 @@ def test_what_a_release_cannot_do_is_refused_by_name(release: Release, tensor: s
         release.served.generate("tensorrt_llm_bls", **request)
     with pytest.raises(ServerError, match=tensor):
         release.served.grpc("ensemble", **request)
+
+
+def test_bls_counts_the_tokens_that_a_release_does_not(release: Release) -> None:
+    counted = {"return_num_input_tokens": True, "return_num_output_tokens": True}
+    answer = release.served.generate("tensorrt_llm_bls", text_input=PROMPT, max_tokens=5, **counted)
+    assert (answer["num_input_tokens"], answer["num_output_tokens"]) == (len(release.prompt_ids), 5)
 
 
 def test_what_asks_for_nothing_is_not_refused(release: Release) -> None:

@@ -160,7 +160,7 @@ def test_a_dead_stub_under_load_leads_to_a_new_server_on_the_same_ports(reposito
         stream = endpoint_of(info).generate("slowly", max_tokens=10_000)
         assert next(stream).text == " t0"
         stub_of(repository).kill()
-        with pytest.raises(EndpointError, match="closed the connection"):  # rather than hang for ever
+        with pytest.raises(EndpointError, match=r"closed the connection|process died"):  # and does not hang for ever
             list(stream)
         wait_for(lambda: generates(info))
         assert server_of(repository).pid != info.pid
