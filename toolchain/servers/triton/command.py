@@ -172,7 +172,8 @@ def container_command(
     caller's, not root; it has no home inside, so HOME is /tmp. ``gpus`` is docker's ``--gpus`` value (``"all"``,
     ``"device=0,1"``), None for none. An image that is not there yet is not pulled, because that would take many minutes
     in silence. memlock and stack are the limits that NVIDIA's images ask for at start. podman names GPUs as CDI
-    devices, and without root it maps the caller's uid only with keep-id (podman-run(1)).
+    devices, without root it maps the caller's uid only with keep-id, and under SELinux it reads the caller's folders
+    only without labels (podman-run(1)).
     """
     argv = [
         engine,
@@ -191,8 +192,8 @@ def container_command(
         f"--workdir={CONTAINER_REPOSITORY}",
     ]
     podman = Path(engine).name == "podman"
-    if podman and user[0] != 0:
-        argv.append("--userns=keep-id")
+    if podman:
+        argv += [*(["--userns=keep-id"] if user[0] else []), "--security-opt=label=disable"]
     if gpus and podman:
         argv += [f"--device=nvidia.com/gpu={gpu}" for gpu in gpus.removeprefix("device=").split(",")]
     elif gpus:
