@@ -319,10 +319,15 @@ def _grpc_error(error: Any, url: str) -> ScalellmError:
     return _error(message, "UNAVAILABLE" in status, "INTERNAL" in status)
 
 
-def _error(message: str, busy: bool = False, broken: bool = False) -> ScalellmError:
-    """Triton's message, without the traceback that its Python backend appends, as the error that it means."""
+def plain_message(message: str) -> str:
+    """Triton's message without the traceback, and without the preamble, that its Python backend adds."""
     text = re.split(r"\n+At:\n|\n?Traceback \(most recent", message)[0].strip()
-    text = re.sub(r"^(?:in ensemble '[^']*', )?Failed to process the request\(s\)[^:]*?, message: ", "", text)
+    return re.sub(r"^(?:in ensemble '[^']*', )?Failed to process the request\(s\)[^:]*?, message: ", "", text)
+
+
+def _error(message: str, busy: bool = False, broken: bool = False) -> ScalellmError:
+    """Triton's message as the error that it means."""
+    text = plain_message(message)
     if "is not healthy" in text:
         return EndpointError(f"the model's process died: {text}", hint=_START_HINT)
     if "unknown model" in text or "is not found" in text:

@@ -64,7 +64,8 @@ def stage_flags(function: Function) -> Function:
     return recipe_flags(explained)
 
 
-def _size(_ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
+def size(_ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
+    """A flag's ``8GiB`` in bytes."""
     from toolchain.units import parse_bytes
 
     try:
@@ -82,11 +83,9 @@ def place_flags(*names: str) -> Callable[[Function], Function]:
     def decorate(function: Function) -> Function:
         for option in (
             click.option(
-                "--max-vram", callback=_size, metavar="SIZE", help="Take no more of the GPU's memory, such as 14GiB."
+                "--max-vram", callback=size, metavar="SIZE", help="Take no more of the GPU's memory, such as 14GiB."
             ),
-            click.option(
-                "--max-ram", callback=_size, metavar="SIZE", help="Quantize within this memory, such as 8GiB."
-            ),
+            click.option("--max-ram", callback=size, metavar="SIZE", help="Quantize within this memory, such as 8GiB."),
             click.option(
                 "--quantize-on",
                 *names,

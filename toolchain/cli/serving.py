@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 
+from toolchain.cli import doors
 from toolchain.cli.flags import PATH, common, complete_recipe, open_screen, work_flag
 
 
@@ -43,6 +45,9 @@ from toolchain.cli.flags import PATH, common, complete_recipe, open_screen, work
     metavar="SECONDS",
     help="Give up when the server does not answer by then.",
 )
+@click.option("--gateway/--no-gateway", default=False, help="Also OpenAI's API and FEDML's /predict, before Triton.")
+@click.option("--gateway-port", "port", type=doors.PORT, default=8080, show_default=True, help="OpenAI's API.")
+@doors.ports_flags
 @common
 def serve(
     recipe: str | None,
@@ -56,8 +61,10 @@ def serve(
     server: Literal["auto", "bundled", "path", "container"],
     allow_unverified: bool,
     start_timeout_s: float,
+    gateway: bool,
     json_output: bool,
     verbose: int,
+    **front_flags: Any,
 ) -> None:
     """Launch Triton Inference Server on a built repository, watch it, and stop it cleanly on Ctrl-C.
 
@@ -69,6 +76,7 @@ def serve(
     Examples:
       scalellm serve --recipe tiny
       scalellm serve --repository /models/llama --http-port 9000
+      scalellm serve --recipe tiny --gateway
     """
     from dataclasses import replace
 
@@ -95,15 +103,26 @@ def serve(
         grpc=grpc_port or settings.grpc_port,
         metrics=metrics_port or settings.metrics_port,
     )
-    code = stage.serve(
-        repository,
-        host=host or settings.host,
-        ports=ports,
-        server=server,
-        progress=screen,
-        on_ready=lambda info: screen.serving(replace(info, unverified=admission.unverified)),
-        start_timeout_s=start_timeout_s,
-    )
+    address, front = host or settings.host, None
+    if gateway:  # then --host is the gateway's, and Triton itself is reached from this machine only
+        front = doors.front(repository, ports, host=address, work=work, **front_flags)
+        address = "127.0.0.1"
+    with ExitStack() as opened:
+
+        def on_ready(info: stage.ServingInfo) -> None:
+            screen.serving(replace(info, unverified=admission.unverified))
+            if front and not front.is_open:
+                opened.enter_context(front.open(screen))
+
+        code = stage.serve(
+            repository,
+            host=address,
+            ports=ports,
+            server=server,
+            progress=screen,
+            on_ready=on_ready,
+            start_timeout_s=start_timeout_s,
+        )
     sys.exit(code)
 
 

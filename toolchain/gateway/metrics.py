@@ -1,0 +1,71 @@
+"""What a gateway counts, for Prometheus; and what the Tritons behind it count, passed on with the label ``triton``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_ITL_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 5)
+_REQUEST_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class Metrics:
+    """One gateway's own; a registry of its own, so that two gateways in a process do not mix."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        name = "scalellm_gateway_"
+        self.requests = Counter(f"{name}requests", "Requests answered.", ["route", "status"], registry=registry)
+        self.seconds = Histogram(
+            f"{name}request_seconds",
+            "From the request to its last byte.",
+            ["route"],
+            buckets=_REQUEST_S,
+            registry=registry,
+        )
+        self.ttft = Histogram(
+            f"{name}ttft_seconds", "From the request to its first token.", buckets=_TTFT_S, registry=registry
+        )
+        self.itl = Histogram(
+            f"{name}itl_seconds", "Between tokens, by piece: time over tokens.", buckets=_ITL_S, registry=registry
+        )
+        self.prompt_tokens = Counter(f"{name}prompt_tokens", "Tokens of prompts.", registry=registry)
+        self.answer_tokens = Counter(f"{name}completion_tokens", "Generated tokens.", registry=registry)
+        self.running = Gauge(f"{name}running", "Requests at the engines.", registry=registry)
+        self.waiting = Gauge(f"{name}waiting", "Requests that wait for a place.", registry=registry)
+        self.retries = Counter(f"{name}retries", "Requests sent again after a Triton failed.", registry=registry)
+        self.cancelled = Counter(f"{name}cancelled", "Requests whose client went away.", registry=registry)
+        self.up = Gauge(f"{name}triton_up", "Whether a Triton generates.", ["triton"], registry=registry)
+
+    def text(self, relayed: Mapping[str, str]) -> bytes:
+        """Prometheus' text format; ``relayed``: each Triton's own text by its URL."""
+        return generate_latest(self.registry) + generate_latest(_Relayed(relayed))
+
+
+class _Relayed(CollectorRegistry):
+    """The metrics of all Tritons: one family a name, and the label ``triton`` on each sample."""
+
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        super().__init__()
+        self._texts = texts
+
+    def collect(self) -> Iterable[Metric]:
+        families: dict[str, Metric] = {}
+        for triton, text in self._texts.items():
+            for family in _families(text):
+                merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                for sample in family.samples:
+                    merged.samples.append(sample._replace(labels={**sample.labels, "triton": triton}))
+        return families.values()
+
+
+def _families(text: str) -> Iterator[Metric]:
+    try:
+        yield from text_string_to_metric_families(text)
+    except ValueError:  # not Prometheus' format after all: then there is nothing to pass on
+        return

@@ -1,0 +1,220 @@
+"""A gateway on its ports: bound, announced, drained at the end. In the foreground, or in a thread beside a server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import signal
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from toolchain.errors import ArtifactError, EndpointError, RecipeError
+from toolchain.gateway import keys
+from toolchain.gateway.app import openai_app, predict_app
+from toolchain.gateway.logs import Handler, Log
+from toolchain.gateway.service import Service
+from toolchain.gateway.settings import Settings
+
+_DRAIN_S = 30
+_KEEP_ALIVE_S = 30
+_HEADER_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Where a gateway listens."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    predict_port: int | None = 2345
+    cert: Path | None = None
+    """PEM, with the chain; ``key`` is its private key. Both or none."""
+    key: Path | None = None
+    insecure_open: bool = False
+    """Allows an address beyond this machine without any API key."""
+
+    @property
+    def urls(self) -> dict[str, str]:
+        """By door: ``{"OpenAI": "http://127.0.0.1:8080/v1", "/predict": ...}``."""
+        scheme = "https" if self.cert else "http"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        found = {"OpenAI": f"{scheme}://{host}:{self.port}/v1"}
+        return (
+            found
+            if self.predict_port is None
+            else found | {"/predict": f"{scheme}://{host}:{self.predict_port}/predict"}
+        )
+
+
+def check(settings: Settings, listen: Listen) -> None:
+    """Refuses what would be unsafe or cannot work, before anything is bound. Raises ScalellmError."""
+    if (listen.cert is None) != (listen.key is None):
+        raise RecipeError("TLS needs both a certificate and its key", hint="--tls-cert FILE --tls-key FILE")
+    if listen.cert is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(listen.cert, listen.key)
+        except (OSError, ssl.SSLError) as error:
+            raise ArtifactError(f"{listen.cert}: not a certificate with its key: {error}") from error
+    known = keys.read(settings.keys) if settings.keys else []
+    if known or listen.insecure_open or _is_loopback(listen.host):
+        return
+    raise RecipeError(
+        f"{listen.host} can be reached from other machines, and there is no API key: anyone could use this model",
+        hint=f"scalellm gateway keys add NAME --keys {settings.keys or 'FILE'}   # or, if it is meant: --insecure-open",
+    )
+
+
+def serve(settings: Settings, listen: Listen, *, on_ready: Callable[[Listen], None], log: Log | None = None) -> None:
+    """Serves until SIGINT or SIGTERM, then lets requests in flight finish; a second signal ends that.
+
+    ``on_ready`` is called when the ports are open, which says nothing of the Tritons. Raises ScalellmError.
+    """
+    check(settings, listen)
+    with _bound(listen) as sockets:
+        asyncio.run(_Gateway(settings, listen, log or Log()).run(sockets, on_ready, signals=True))
+
+
+@contextmanager
+def background(settings: Settings, listen: Listen, *, log: Log | None = None) -> Iterator[Listen]:
+    """Serves in a thread for the length of a ``with`` block. Raises ScalellmError."""
+    check(settings, listen)
+    gateway, ready = _Gateway(settings, listen, log or Log()), threading.Event()
+    failures: list[BaseException] = []
+
+    def work(sockets: list[socket.socket]) -> None:
+        try:
+            asyncio.run(gateway.run(sockets, lambda _listen: ready.set(), signals=False))
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            ready.set()
+
+    with _bound(listen) as sockets:
+        thread = threading.Thread(target=work, args=(sockets,), name="gateway")
+        thread.start()
+        try:
+            ready.wait()
+            if failures:
+                raise EndpointError(f"the gateway did not start: {failures[0]}") from failures[0]
+            yield listen
+        finally:
+            gateway.ask_to_stop()
+            thread.join()
+
+
+class _Gateway:
+    """The two applications on their sockets."""
+
+    def __init__(self, settings: Settings, listen: Listen, log: Log) -> None:
+        self._settings, self._listen, self._log = settings, listen, log
+        self._servers: list[uvicorn.Server] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def run(self, sockets: list[socket.socket], on_ready: Callable[[Listen], None], *, signals: bool) -> None:
+        self._loop = asyncio.get_running_loop()
+        if signals:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._loop.add_signal_handler(number, self._stop)
+        handler = Handler(self._log)
+        for name in ("uvicorn.error", "asyncio"):
+            logging.getLogger(name).addHandler(handler)
+            logging.getLogger(name).propagate = False
+        try:
+            async with Service(self._settings, self._log) as service:
+                apps = [openai_app(service), predict_app(service)][: len(sockets)]
+                self._servers = [_Server(self._config(app)) for app in apps]
+                tasks = [
+                    asyncio.create_task(server.serve([one])) for server, one in zip(self._servers, sockets, strict=True)
+                ]
+                while not all(server.started for server in self._servers) and not any(task.done() for task in tasks):
+                    await asyncio.sleep(0.01)
+                if all(server.started for server in self._servers):
+                    on_ready(self._listen)
+                await asyncio.gather(*tasks)
+        finally:
+            for name in ("uvicorn.error", "asyncio"):
+                logging.getLogger(name).removeHandler(handler)
+
+    def ask_to_stop(self) -> None:
+        """From another thread."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended by itself
+                self._loop.call_soon_threadsafe(self._stop)
+
+    def _stop(self) -> None:
+        for server in self._servers:
+            server.force_exit = server.should_exit
+            server.should_exit = True
+
+    def _config(self, app: object) -> uvicorn.Config:
+        listen = self._listen
+        return uvicorn.Config(
+            app,  # type: ignore[arg-type]
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=_DRAIN_S,
+            h11_max_incomplete_event_size=_HEADER_BYTES,
+            ssl_certfile=listen.cert,
+            ssl_keyfile=listen.key,
+        )
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: two servers share one process."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextmanager
+def _bound(listen: Listen) -> Iterator[list[socket.socket]]:
+    """The listening sockets, closed at the end. Raises EndpointError for a port that cannot be had."""
+    sockets: list[socket.socket] = []
+    try:
+        for port in (listen.port, listen.predict_port):
+            if port is not None:
+                sockets.append(_bind(listen.host, port))
+        yield sockets
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    one = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        one.bind((host, port))
+        one.listen(2048)
+    except OSError as error:
+        one.close()
+        raise EndpointError(
+            f"the gateway cannot listen on {host}:{port}: {error.strerror or error}",
+            hint="stop what listens there, or choose another port: --port, --predict-port",
+        ) from error
+    return one
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,112 @@
+"""One request of a client, from its arrival to its last byte: what it holds, what is counted and logged of it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any, Protocol
+
+from openai.types import CompletionUsage
+from starlette.requests import Request as HttpRequest
+
+from toolchain.gateway.admission import Admission
+from toolchain.gateway.answers import Answer, Piece, usage
+from toolchain.gateway.keys import Doorkeeper, Key
+from toolchain.gateway.logs import Log, request_id
+from toolchain.gateway.metrics import Metrics
+from toolchain.gateway.settings import Settings
+from toolchain.gateway.triton import Flow
+
+
+class Behind(Protocol):
+    """What a visit needs of the service."""
+
+    settings: Settings
+    log: Log
+    metrics: Metrics
+    doorkeeper: Doorkeeper
+    admission: Admission
+
+
+class Visit:
+    """One request of a client, from its arrival to its last byte."""
+
+    def __init__(self, service: Behind, http: HttpRequest, route: str) -> None:
+        self.service, self.http, self.route = service, http, route
+        self.id = request_id(http.headers.get("x-request-id"))
+        self.begun_s = time.perf_counter()
+        self.deadline = asyncio.get_running_loop().time() + service.settings.timeouts.request_s
+        self.key: Key | None = None
+        self.flows: list[Flow] = []
+        self.answers: dict[int, Answer] = {}
+        self.prompts = 1
+        self.facts: dict[str, Any] = {}
+        self._first_s: float | None = None
+        self._last_s = self.begun_s
+        self._entered = self._counted = self._ended = False
+
+    async def enter(self) -> None:
+        """Take a place. Raises ApiError (429)."""
+        self.service.doorkeeper.enter(self.key)
+        self._counted = True
+        await self.service.admission.enter()
+        self._entered = True
+
+    def see(self, piece: Piece) -> None:
+        """A piece of an answer has come from the engine."""
+        answer, metrics = self.answers.setdefault(piece.index, Answer()), self.service.metrics
+        new = max(0, piece.answer_tokens - answer.answer_tokens)
+        answer.add(piece)
+        now = time.perf_counter()
+        if self._first_s is None:
+            self._first_s = now - self.begun_s
+            metrics.ttft.observe(self._first_s)
+        elif new:
+            metrics.itl.observe((now - self._last_s) / new)
+        self._last_s = now
+
+    def drop_flows(self) -> None:
+        """Close what comes from the Tritons; what is not finished is cancelled there."""
+        for flow in self.flows:
+            flow.close()
+        self.flows.clear()
+
+    @property
+    def used(self) -> CompletionUsage:
+        """Tokens of prompts and answers so far."""
+        return usage([self.answers[index] for index in sorted(self.answers)], self.prompts)
+
+    def end(self, status: int, why: str | None = None) -> None:
+        """The last byte has gone, or will never go; ``why`` it ended other than well, without a client's words."""
+        if self._ended:
+            return
+        self._ended = True
+        self.drop_flows()
+        service, seconds, used = self.service, time.perf_counter() - self.begun_s, self.used
+        if self._entered:
+            service.admission.leave()
+        if self._counted:
+            service.doorkeeper.leave(self.key)
+        metrics = service.metrics
+        metrics.requests.labels(self.route, status).inc()
+        metrics.seconds.labels(self.route).observe(seconds)
+        metrics.prompt_tokens.inc(used.prompt_tokens)
+        metrics.answer_tokens.inc(used.completion_tokens)
+        if why == "client gone":
+            metrics.cancelled.inc()
+        client = self.http.client.host if self.http.client else None
+        service.log.write(
+            "request",
+            id=self.id,
+            route=self.route,
+            status=status,
+            ended=why,
+            client=client,
+            key=self.key.name if self.key else None,
+            prompt_tokens=used.prompt_tokens or None,
+            completion_tokens=used.completion_tokens or None,
+            finish=[answer.finish for answer in self.answers.values()] or None,
+            ttft_ms=round(self._first_s * 1000, 1) if self._first_s is not None else None,
+            ms=round(seconds * 1000, 1),
+            **self.facts,
+        )

@@ -1,0 +1,92 @@
+"""gateway: running Tritons -> OpenAI's API and FEDML's ``/predict``, in the foreground or beside a server.
+
+What the gateway must know of the model (name, chat template, tokenizer, limits) is read from its repository, or, where
+that is on another machine, from the tokenizer's folder. It prints nothing: ``on_ready`` gets the addresses.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from toolchain.chat import ChatTemplate
+from toolchain.engine import PASSPORT, Passport
+from toolchain.errors import ArtifactError, ToolError
+from toolchain.repository import Repository
+
+if TYPE_CHECKING:
+    from toolchain.gateway.run import Listen
+    from toolchain.gateway.settings import Model, Settings
+
+TRITON_MODEL = "tensorrt_llm_bls"
+
+
+def require_libraries() -> None:
+    """Raises ToolError where the gateway's libraries are not installed."""
+    try:
+        import fastapi  # noqa: F401
+        import jinja2  # noqa: F401
+        import openai  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ToolError(
+            f"the gateway needs {error.name}, which is not installed",
+            hint="pip install 'scalellm-toolchain[gateway]'",
+        ) from error
+
+
+def model_of_repository(path: Path, name: str | None = None) -> Model:
+    """The model that a repository holds; its recipe's name unless another is given. Raises ArtifactError."""
+    from toolchain.checkpoint import read_json
+    from toolchain.gateway.settings import Model
+    from toolchain.gateway.tokens import load_tokenizer
+
+    repository = Repository.open(path)
+    tokenizer = path / TRITON_MODEL / "1" / "tokenizer"
+    file = path / "tensorrt_llm" / "1" / "engine" / PASSPORT
+    try:
+        passport = Passport.from_json(read_json(file))
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{file}: not a passport of this scalellm: {error}") from error
+    return Model(
+        name=name or passport.recipe,
+        created=int(file.stat().st_mtime),
+        template=ChatTemplate.of(tokenizer),
+        tokenizer=load_tokenizer(tokenizer),
+        max_seq_len=passport.limits.max_seq_len,
+        fingerprint=f"fp_{repository.stamp.key[:10]}",
+        triton_model=TRITON_MODEL,
+    )
+
+
+def model_of_tokenizer(folder: Path | None, name: str, max_seq_len: int | None = None) -> Model:
+    """A model whose repository is elsewhere. Without a tokenizer's folder, chats are written as Llama-2's, and prompts
+    are not counted. Raises ArtifactError.
+    """
+    from toolchain.gateway.settings import Model
+    from toolchain.gateway.tokens import load_tokenizer
+
+    template = ChatTemplate.of(folder) if folder else ChatTemplate(None)
+    tokenizer = load_tokenizer(folder) if folder else None
+    return Model(name, int(time.time()), template, tokenizer, max_seq_len, triton_model=TRITON_MODEL)
+
+
+def gateway(settings: Settings, listen: Listen, *, on_ready: Callable[[Listen], None]) -> None:
+    """Serves until SIGINT or SIGTERM, then drains. Raises ScalellmError for what is unsafe or cannot be served."""
+    from toolchain.gateway import run
+
+    run.serve(settings, listen, on_ready=on_ready)
+
+
+@contextmanager
+def background(settings: Settings, listen: Listen, *, log: Path) -> Iterator[Listen]:
+    """Serves in a thread for the length of a ``with`` block; log lines are appended to ``log``."""
+    from toolchain.gateway import run
+    from toolchain.gateway.logs import Log
+
+    with log.open("a", encoding="utf-8") as stream, run.background(settings, listen, log=Log(stream)) as bound:
+        yield bound
