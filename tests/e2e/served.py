@@ -58,6 +58,7 @@ class Served:
     http_port: int
     grpc_port: int
     status_file: Path
+    metrics_port: int = 0
 
     def status(self) -> dict[str, Any]:
         return dict(json.loads(self.status_file.read_text()))

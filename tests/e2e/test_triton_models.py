@@ -68,7 +68,7 @@ def serving(engine: Engine, work: Path, **parameters: str) -> Iterator[Served]:
     supervisor = Supervisor(server, work / "repository", ports, log=work / "triton.log", exit_timeout_s=3)
     supervisor.start()
     try:
-        yield Served(ports.http, ports.grpc, status)
+        yield Served(ports.http, ports.grpc, status, ports.metrics)
     finally:
         supervisor.kill()
 

@@ -33,7 +33,8 @@ class Request:
 
     inputs: Mapping[str, Any]
     answers: int
-    logprobs: bool = False
+    stops: tuple[str, ...] = ()
+    """Texts that end an answer; the gateway looks for them itself."""
 
     @property
     def prompt(self) -> str:
@@ -100,7 +101,6 @@ def _request(body: Asked, prompt: str, tokens: int, model: Model, limits: Limits
         "return_num_output_tokens": True,
         **_sampling(body),
         **_penalties(body),
-        **_stops(body.stop_words),
         **(_bias(body.logit_bias, model.tokenizer) if body.logit_bias else {}),
         **more,
     }
@@ -108,7 +108,7 @@ def _request(body: Asked, prompt: str, tokens: int, model: Model, limits: Limits
         inputs["num_return_sequences"] = body.answers
     if body.min_tokens:
         inputs["min_tokens"] = body.min_tokens
-    return Request(inputs, body.answers, "return_log_probs" in inputs)
+    return Request(inputs, body.answers, _stops(body.stop_words))
 
 
 def _sampling(body: Asked) -> dict[str, Any]:
@@ -133,12 +133,12 @@ def _penalties(body: Asked) -> dict[str, float]:
     return {name: float(value) for name, (value, none) in found.items() if value is not None and value != none}
 
 
-def _stops(words: Sequence[str]) -> dict[str, list[str]]:
+def _stops(words: Sequence[str]) -> tuple[str, ...]:
     if len(words) > _MOST_STOPS:
         raise invalid(f"stop: {len(words)} texts, this server takes {_MOST_STOPS}", "stop")
     if not all(words):
         raise invalid("stop: an empty text would stop every answer at once", "stop")
-    return {"stop_words": list(words)} if words else {}
+    return tuple(words)
 
 
 def _logprobs(wanted: bool) -> dict[str, bool]:

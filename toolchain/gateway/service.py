@@ -23,6 +23,7 @@ from toolchain.gateway.logs import Log
 from toolchain.gateway.metrics import Metrics
 from toolchain.gateway.pool import Pool
 from toolchain.gateway.settings import Settings
+from toolchain.gateway.stops import Cut
 from toolchain.gateway.triton import Flow, Triton, make_session
 from toolchain.gateway.visit import Visit
 
@@ -186,24 +187,31 @@ class Service:
         return flow
 
     async def _follow(self, flow: Flow, request: Request, first_index: int) -> AsyncGenerator[Piece, None]:
-        """One flow's pieces. Raises UpstreamError where an answer has no end."""
+        """One flow's pieces; closed when all its answers have ended. Raises UpstreamError where one has no end."""
         tells = "finish_reason" in flow.outputs
-        unfinished = {first_index + index: 0 for index in range(request.answers)}
+        open_answers = {first_index + index: Cut(request.stops) for index in range(request.answers)}
+        tokens = dict.fromkeys(open_answers, 0)
         try:
             async for event in flow:
                 piece = read_event(event, self.settings.model, first_index)
+                if piece.index not in open_answers:
+                    continue
+                piece = open_answers[piece.index].push(piece)
+                tokens[piece.index] = piece.answer_tokens
                 if piece.finish:
-                    unfinished.pop(piece.index, None)
-                elif piece.index in unfinished:
-                    unfinished[piece.index] = piece.answer_tokens
+                    del open_answers[piece.index]
                 yield piece
-            if unfinished and tells:
+                if not open_answers:
+                    break
+            if open_answers and tells:
                 raise UpstreamError("the answer ended early")
         except UpstreamError as error:
             flow.triton.mark_down(str(error))
             raise
-        for index, tokens in unfinished.items():  # a repository without finish_reason, made before there was one
-            yield Piece(index, "", finish="length" if tokens >= request.inputs["max_tokens"] else "stop")
+        for index, cut in open_answers.items():  # a repository from before there was a finish_reason
+            full = tokens[index] >= request.inputs["max_tokens"]
+            yield cut.push(Piece(index, "", finish="length" if full else "stop"))
+        flow.close()
 
     def _note_retry(self, triton: Triton, why: str) -> None:
         self.metrics.retries.inc()
