@@ -66,7 +66,8 @@ async def _gone(receive: Receive) -> None:
 
 class EventStream(Response):
     """Server-sent events as they come. Ends when they end, when the client goes, when it does not take a piece within
-    ``write_s``, or at the deadline (time of the event loop); ``on_end`` is called with the reason, or None.
+    ``write_s``, or, with the event ``late``, at the deadline (time of the event loop). ``on_end`` is called with the
+    reason, or None.
     """
 
     media_type = "text/event-stream"
@@ -77,30 +78,35 @@ class EventStream(Response):
         *,
         deadline: float,
         write_s: float,
+        late: bytes,
         on_end: Callable[[str | None], None],
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
         del self.headers["content-length"]
-        self._pieces, self._deadline, self._write_s, self._on_end = pieces, deadline, write_s, on_end
+        self._pieces, self._deadline, self._write_s, self._late = pieces, deadline, write_s, late
+        self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         why: str | None = "cut"
         try:
-            async with asyncio.timeout_at(self._deadline):
-                await unless_gone(receive, self._send_all(send))
-            why = None
+            why = await self._send_until(send, receive)
         except GoneError:
             why = "client gone"
-        except SlowError:
+        except SlowError:  # the server then closes a connection whose answer has no end
             why = "client too slow"
-        except TimeoutError:
-            why = "deadline"
         finally:
             await self._pieces.aclose()
             self._on_end(why)
-        if why in ("client too slow", "deadline"):
-            raise ConnectionAbortedError(why)  # the server then closes the connection instead of ending the answer
+
+    async def _send_until(self, send: Send, receive: Receive) -> str | None:
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                await unless_gone(receive, self._send_all(send))
+        except TimeoutError:
+            await self._send(send, {"type": "http.response.body", "body": self._late, "more_body": False})
+            return "deadline"
+        return None
 
     async def _send_all(self, send: Send) -> None:
         await self._send(send, {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

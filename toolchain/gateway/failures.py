@@ -69,6 +69,10 @@ class UpstreamError(Exception):
     """This Triton could not take the request or lost it; another one, or the same one later, may well answer it."""
 
 
+class SilentError(UpstreamError):
+    """Nothing came from it in time: it hangs, or it has much to do."""
+
+
 class BusyError(Exception):
     """This Triton has no room for another request just now."""
 

@@ -10,6 +10,7 @@ import sys
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
+_EXPECTED = "returned without completing response"
 _OWN_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 
@@ -41,6 +42,8 @@ class Handler(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
+        if _EXPECTED in record.getMessage():  # the line of the request says why
+            return
         error = logging.Formatter().formatException(record.exc_info) if record.exc_info else None
         level, source = record.levelname.lower(), record.name
         self._log.write("log", level=level, source=source, message=record.getMessage(), traceback=error)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from toolchain.gateway.failures import BusyError, UpstreamError, invalid, too_many, unavailable
+from toolchain.gateway.failures import BusyError, SilentError, UpstreamError, invalid, too_many, unavailable
 from toolchain.gateway.settings import Timeouts
 from toolchain.gateway.triton import Flow, Triton
 
@@ -73,7 +73,9 @@ class Pool:
             except BusyError:
                 busy.add(triton)
             except UpstreamError as error:
-                triton.mark_down(str(error))
+                triton.note(error)
+                if isinstance(error, SilentError):  # whoever waited so long shall not wait again
+                    raise unavailable(f"the engine's server is overloaded or hangs: {error}") from None
                 self._on_retry(triton, str(error))
                 lost.append(str(error))
                 if len(lost) >= _ATTEMPTS:

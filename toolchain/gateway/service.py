@@ -88,7 +88,7 @@ class Service:
         if isinstance(error, (UpstreamError, BusyError)):
             return unavailable(f"the engine's server failed: {error}")
         if isinstance(error, TimeoutError):
-            return ApiError(504, "the request took too long", kind="server_error", code="timeout")
+            return _too_late()
         self.log.write("bug", id=visit.id, route=visit.route, traceback="".join(traceback.format_exception(error)))
         return ApiError(500, "an error of this gateway; its log has the details", kind="server_error")
 
@@ -139,7 +139,11 @@ class Service:
         events = self._events(visit, requests, shape, first, pieces, include_usage)
         timeouts = self.settings.timeouts
         return EventStream(
-            events, deadline=visit.deadline, write_s=timeouts.write_s, on_end=lambda why: visit.end(200, why)
+            events,
+            deadline=visit.deadline,
+            write_s=timeouts.write_s,
+            late=_error_event(_too_late()),
+            on_end=lambda why: visit.end(200, why),
         )
 
     async def _events(
@@ -162,7 +166,7 @@ class Service:
         except (UpstreamError, BusyError, ApiError) as error:
             visit.facts["error"] = str(error)
             told = error if isinstance(error, ApiError) else broken(f"the answer ends here: {error}")
-            yield b"data: " + json.dumps(told.body()).encode() + b"\n\n"
+            yield _error_event(told)
 
     async def _pieces(self, visit: Visit, requests: Sequence[Request]) -> AsyncIterator[Piece]:
         """The pieces of all requests' answers as they come; request k's answers are numbered behind those of k - 1."""
@@ -206,7 +210,7 @@ class Service:
             if open_answers and tells:
                 raise UpstreamError("the answer ended early")
         except UpstreamError as error:
-            flow.triton.mark_down(str(error))
+            flow.triton.note(error)
             raise
         for index, cut in open_answers.items():  # a repository from before there was a finish_reason
             full = tokens[index] >= request.inputs["max_tokens"]
@@ -253,6 +257,14 @@ async def merged(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncIterato
 
 def _is_up(triton: Triton) -> float:
     return float(triton.up)
+
+
+def _too_late() -> ApiError:
+    return ApiError(504, "the request took too long", kind="server_error", code="timeout")
+
+
+def _error_event(error: ApiError) -> bytes:
+    return b"data: " + json.dumps(error.body()).encode() + b"\n\n"
 
 
 def _for_the_log(failure: ApiError) -> str:

@@ -15,11 +15,13 @@ from typing import Any
 
 import aiohttp
 
-from toolchain.gateway.failures import ApiError, BusyError, UpstreamError, of_triton
+from toolchain.gateway.failures import ApiError, BusyError, SilentError, UpstreamError, of_triton
 from toolchain.gateway.settings import Timeouts, Upstream
 
 _PROBE = {"text_input": "Hi", "max_tokens": 1, "stream": False}
 _PROBE_S = 20.0
+_LIVELY_S = 20.0
+"""A Triton that gave a token to anyone within this time lives."""
 _LONGEST_EVENT = 2**22
 """Bytes of one server-sent event; log probabilities of a long piece are the largest."""
 
@@ -85,7 +87,7 @@ class Events:
                         self._triton.last_good_s = time.monotonic()
                         return event
         except TimeoutError:
-            raise UpstreamError(f"nothing came from it for {timeout_s:g} s") from None
+            raise SilentError(f"nothing came from it for {timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise UpstreamError(f"the answer was cut: {_words(error)}") from None
         return None
@@ -132,14 +134,18 @@ class Triton:
         except BusyError:
             pass
         except (UpstreamError, ApiError) as error:
-            self.mark_down(str(error))
-            return False
+            self.note(error)
+            return self.up
         self.up, self.last_good_s = True, time.monotonic()
         return True
 
-    def mark_down(self, why: str) -> None:
-        """Something failed: nothing is sent to it until a probe succeeds. A new server may be another one."""
-        self.up, self.why_down, self.abilities = False, why, None
+    def note(self, error: Exception) -> None:
+        """Something failed: nothing is sent to it until a probe succeeds. A new server may be another one. That one
+        request waits too long is no failure while others get their tokens.
+        """
+        if isinstance(error, SilentError) and time.monotonic() - self.last_good_s < _LIVELY_S:
+            return
+        self.up, self.why_down, self.abilities = False, str(error), None
 
     async def metrics(self) -> str:
         """Its Prometheus text; empty where it cannot be had."""
@@ -161,7 +167,7 @@ class Triton:
                     return response
                 text = (await response.content.read(2**16)).decode(errors="replace")
         except TimeoutError:
-            raise UpstreamError(f"no token within {timeout_s:g} s") from None
+            raise SilentError(f"no token within {timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
             raise UpstreamError(_words(error)) from None
         response.close()

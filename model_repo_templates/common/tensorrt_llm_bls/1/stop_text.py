@@ -14,13 +14,14 @@ class StopText:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """The text that is now certain. After a match: what stands before the first stop word, and ``stopped``."""
+        """The text that is now certain. After a match: what stands before the stop word, and ``stopped``. Of words that
+        overlap, the one that is complete first counts, so that it does not matter in which pieces the text comes."""
         if self.stopped:
             return ""
         self._held += text
-        places = [place for word in self._words if (place := self._held.find(word)) >= 0]
+        places = [(place + len(word), place) for word in self._words if (place := self._held.find(word)) >= 0]
         if places:
-            certain, self._held, self.stopped = self._held[: min(places)], "", True
+            certain, self._held, self.stopped = self._held[: min(places)[1]], "", True
             return certain
         cut = len(self._held) - max((self._beginning(word) for word in self._words), default=0)
         certain, self._held = self._held[:cut], self._held[cut:]

@@ -18,33 +18,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.e2e.behind_gateway import Gateway, gateway, settings_for
-from tests.e2e.parrot import SENTENCES, write_parrot
+from tests.e2e.parrot import SENTENCES
 from tests.e2e.served import Served
-from tests.e2e.test_triton_models import CAPITAL, GREEK, JAPAN, Reference, make_engine, serving
+from tests.e2e.test_triton_models import CAPITAL, GREEK, JAPAN, Reference
+from tests.gateway.behind_gateway import Gateway, gateway, settings_for
 from toolchain.gateway.settings import Upstream
 
 pytestmark = pytest.mark.timeout(180)
 COUNT = "Count with me: one"
 LONG = {"max_tokens": 5500, "extra_body": {"min_tokens": 5400}}
 """Seconds of work: for requests that are to be interrupted."""
-
-
-@pytest.fixture(scope="module")
-def parrot(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_parrot(tmp_path_factory.mktemp("parrot"))
-
-
-@pytest.fixture(scope="module")
-def reference(parrot: Path) -> Reference:
-    return Reference(parrot)
-
-
-@pytest.fixture(scope="module")
-def served(parrot: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    engine = make_engine(parrot, tmp_path_factory.mktemp("made") / "engine")
-    with serving(engine, tmp_path_factory.mktemp("served")) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
