@@ -30,6 +30,7 @@ from tests.gateway.behind_gateway import QUICK, Gateway, gateway, settings_for
 from tests.gateway.test_doors import COUNT, LONG, post, status, until_ready
 from toolchain import workspace
 from toolchain.gateway import keys
+from toolchain.gateway.protocol import Patient
 from toolchain.gateway.settings import Limits, Settings
 from toolchain.progress import Silent
 from toolchain.servers.triton.command import Ports
@@ -132,6 +133,32 @@ def test_a_client_that_never_ends_its_body_is_told_so(asked: Settings) -> None:
         response = wire.getresponse()
         assert response.status == 408
         assert error_of(response)["code"] == "request_timeout"
+
+
+def test_a_connection_without_a_request_is_closed(asked: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Patient, "head_s", 0.3)
+    with door_to(asked) as door:
+        for beginning in (b"", b"GET /health HTTP/1.1\r\nHost: x\r\n"):
+            with socket.create_connection(("127.0.0.1", door.listen.port), timeout=20) as wire:
+                wire.sendall(beginning)
+                assert wire.recv(1) == b""
+        wire = connection(door)
+        for _ in range(3):
+            wire.request("GET", "/health")
+            response = wire.getresponse()
+            assert (response.status, response.read()) == (200, b'{"status":"ok"}')
+
+
+def test_a_page_of_another_site_may_not_ask_without_a_key(asked: Settings, tmp_path: Path) -> None:
+    body = json.dumps({"text": CAPITAL}).encode()
+    with door_to(asked) as door:
+        own = door.predict_url.removesuffix("/predict")
+        codes = [post(door.predict_url, body, Origin=origin)[0] for origin in ("https://example.org", "null", own)]
+        assert codes == [403, 403, 200]
+    secret = keys.add(tmp_path / "keys.json", "page")
+    with door_to(replace(asked, keys=tmp_path / "keys.json")) as door:
+        headers = {"Origin": "https://example.org", "Authorization": f"Bearer {secret}"}
+        assert post(door.predict_url, body, **headers)[0] == 200
 
 
 def test_when_places_and_queue_are_full_the_next_is_told_to_come_again(

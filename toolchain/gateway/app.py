@@ -239,6 +239,7 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "The request is wrong, or asks for what is not supported.",
         401: "No valid API key.",
+        403: "Asked by a page of another site.",
         404: "No such model.",
         408: "The body came too slowly.",
         413: "The body is too large.",

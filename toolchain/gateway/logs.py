@@ -7,10 +7,13 @@ import logging
 import re
 import secrets
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
-_EXPECTED = "returned without completing response"
+_EXPECTED = ("returned without completing response", "socket.send() raised exception")
+"""Of clients that are cut off or gone: the line of the request says why."""
 _OWN_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 
@@ -34,16 +37,32 @@ class Log:
         stream.flush()
 
 
-class Handler(logging.Handler):
-    """What libraries log (uvicorn, asyncio), as lines of the same kind."""
+@contextmanager
+def libraries_into(log: Log) -> Iterator[None]:
+    """What libraries log (uvicorn, asyncio) becomes lines of the same kind, for the length of a ``with`` block."""
+    handler = _Handler(log)
+    loggers = [logging.getLogger(name) for name in ("uvicorn.error", "asyncio")]
+    before = [logger.propagate for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger, propagate in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.propagate = propagate
 
+
+class _Handler(logging.Handler):
     def __init__(self, log: Log) -> None:
         super().__init__(logging.WARNING)
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        if _EXPECTED in record.getMessage():  # the line of the request says why
+        message = record.getMessage()
+        if any(expected in message for expected in _EXPECTED):
             return
         error = logging.Formatter().formatException(record.exc_info) if record.exc_info else None
         level, source = record.levelname.lower(), record.name
-        self._log.write("log", level=level, source=source, message=record.getMessage(), traceback=error)
+        self._log.write("log", level=level, source=source, message=message, traceback=error)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-import logging
 import signal
 import socket
 import ssl
@@ -20,7 +19,8 @@ import uvicorn
 from toolchain.errors import ArtifactError, EndpointError, RecipeError
 from toolchain.gateway import keys
 from toolchain.gateway.app import openai_app, predict_app
-from toolchain.gateway.logs import Handler, Log
+from toolchain.gateway.logs import Log, libraries_into
+from toolchain.gateway.protocol import Patient
 from toolchain.gateway.service import Service
 from toolchain.gateway.settings import Settings
 
@@ -124,11 +124,7 @@ class _Gateway:
         if signals:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._loop.add_signal_handler(number, self._stop)
-        handler = Handler(self._log)
-        for name in ("uvicorn.error", "asyncio"):
-            logging.getLogger(name).addHandler(handler)
-            logging.getLogger(name).propagate = False
-        try:
+        with libraries_into(self._log):
             async with Service(self._settings, self._log) as service:
                 apps = [openai_app(service), predict_app(service)][: len(sockets)]
                 self._servers = [_Server(self._config(app)) for app in apps]
@@ -140,9 +136,6 @@ class _Gateway:
                 if all(server.started for server in self._servers):
                     on_ready(self._listen)
                 await asyncio.gather(*tasks)
-        finally:
-            for name in ("uvicorn.error", "asyncio"):
-                logging.getLogger(name).removeHandler(handler)
 
     def ask_to_stop(self) -> None:
         """From another thread."""
@@ -159,6 +152,7 @@ class _Gateway:
         listen = self._listen
         return uvicorn.Config(
             app,  # type: ignore[arg-type]
+            http=Patient,
             log_config=None,
             access_log=False,
             lifespan="off",

@@ -8,6 +8,7 @@ import json
 import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -95,6 +96,8 @@ class Service:
     async def _work(self, visit: Visit, work: Work) -> Response:
         settings = self.settings
         visit.key = self.doorkeeper.admit(visit.http.headers.get("authorization"))
+        if visit.key is None:
+            refuse_other_sites(visit.http)
         raw = await read_bytes(visit.http, most=settings.limits.max_body_bytes, timeout_s=settings.timeouts.body_s)
         if settings.log_prompts:
             visit.facts["body"] = raw.decode(errors="replace")
@@ -270,6 +273,15 @@ def _error_event(error: ApiError) -> bytes:
 def _for_the_log(failure: ApiError) -> str:
     """A client's mistakes by their code: the message may quote what the client wrote."""
     return failure.message if failure.status >= 500 else failure.code or failure.kind
+
+
+def refuse_other_sites(http: HttpRequest) -> None:
+    """Where no key is asked for, no page of another site may ask through the browser of who sits here: browsers say
+    with ``Origin`` where a page came from. Raises ApiError (403).
+    """
+    origin = http.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != http.headers.get("host"):
+        raise ApiError(403, "pages of other sites may not ask here without an API key", code="cross_site")
 
 
 def error_response(error: ApiError) -> Response:
