@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
 from tests.conftest import SCALELLM, unused_ports
@@ -318,12 +319,25 @@ def repository(parrot: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work / "repository"
 
 
+def victims(info: serve.ServingInfo, which: str) -> list[int]:
+    """Of a server: itself, or the processes of its Python models."""
+    if which == "triton":
+        return [info.pid]
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if os.getpgid(process.pid) == info.pid and "tensorrt_llm_bls" in " ".join(process.info["cmdline"] or ())
+    ]
+
+
 @pytest.mark.timeout(300)
-def test_a_killed_triton_is_restarted_and_nobody_who_has_seen_no_token_loses_an_answer(
+@pytest.mark.parametrize("which", ["triton", "python model"])
+def test_a_killed_server_is_restarted_and_nobody_who_has_seen_no_token_loses_an_answer(
     parrot: Path,
     repository: Path,
     reference: Reference,
     tmp_path: Path,
+    which: str,
 ) -> None:
     ports = free_ports()
     asked = settings_for(parrot, ports.http, timeouts=replace(QUICK, patience_s=60))
@@ -333,7 +347,10 @@ def test_a_killed_triton_is_restarted_and_nobody_who_has_seen_no_token_loses_an_
         events = iter(stream)
         next(events)
         whole = [pool.submit(client.completions.create, **COMPLETION, n=1 + n % 2) for n in range(8)]
-        os.kill(info.pid, signal.SIGKILL)
+        killed = victims(info, which)
+        assert killed
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
         with pytest.raises(openai.APIError, match="the answer ends here"):
             list(events)
         late = pool.submit(client.completions.create, **COMPLETION)
