@@ -44,7 +44,21 @@ def test_help_imports_no_heavy_library():
 
 @pytest.mark.parametrize(
     "verb",
-    ["plan", "commands", "quantize", "build", "package", "serve", "infer", "recipes", "doctor", "inspect", "import"],
+    [
+        "plan",
+        "commands",
+        "quantize",
+        "build",
+        "package",
+        "serve",
+        "infer",
+        "gateway",
+        "conformance",
+        "recipes",
+        "doctor",
+        "inspect",
+        "import",
+    ],
 )
 def test_every_verb_has_help_with_an_example(scalellm, verb):
     done = scalellm(verb, "--help")

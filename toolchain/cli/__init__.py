@@ -31,7 +31,7 @@ def verbs() -> None:
 
 for _verb in (
     *(making.plan, making.commands, making.quantize, making.convert, making.build, making.package),
-    *(serving.serve, serving.infer, doors.gateway),
+    *(serving.serve, serving.infer, doors.gateway, doors.conformance),
     *(finding.recipes, finding.inspect, finding.import_, finding.doctor, finding.completion),
 ):
     verbs.add_command(_verb)

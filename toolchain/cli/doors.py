@@ -189,6 +189,63 @@ def list_keys(work: Path, keys: Path | None, json_output: bool, verbose: int) ->
         screen.say("There are no keys.")
 
 
+@click.command()
+@click.argument("url", metavar="URL")
+@click.option("--predict", metavar="URL", help="FEDML's door, such as http://127.0.0.1:2345/predict.")
+@click.option("--kserve-http", metavar="URL", help="Triton's own, such as http://127.0.0.1:8000.")
+@click.option("--kserve-grpc", metavar="HOST:PORT", help="Triton's own, such as 127.0.0.1:8001.")
+@click.option("--key", envvar="SCALELLM_API_KEY", help="An API key of the gateway. [env: SCALELLM_API_KEY]")
+@common
+def conformance(
+    url: str,
+    predict: str | None,
+    kserve_http: str | None,
+    kserve_grpc: str | None,
+    key: str | None,
+    json_output: bool,
+    verbose: int,
+) -> None:
+    """Ask a running service the same at every door, and say what holds. Ends with 7 where something does not.
+
+    URL is OpenAI's API as the gateway prints it.
+
+    \b
+    Example:
+      scalellm conformance http://127.0.0.1:8080/v1 --predict http://127.0.0.1:2345/predict --kserve-grpc 127.0.0.1:8001
+    """
+    from toolchain.endpoint import Endpoint
+    from toolchain.errors import RejectedError
+    from toolchain.stages import conformance as stage
+
+    screen = open_screen(json_output, verbose)
+    url = url.rstrip("/")
+    model = stage.model_at(f"{url}/models", key)
+    asked: list[stage.Door] = [stage.Json("OpenAI", f"{url}/completions", model, key)]
+    classic = None
+    if predict:
+        asked.append(stage.Json("/predict", predict, model, key))
+        classic = (
+            stage.Json("/predict", predict, model, key),
+            stage.Json("chat", f"{url}/chat/completions", model, key),
+        )
+    if kserve_http:
+        asked.append(stage.Kserve(Endpoint(kserve_http, ""), "http"))
+    if kserve_grpc:
+        asked.append(stage.Kserve(Endpoint("", kserve_grpc), "grpc"))
+    found = []
+    for finding in stage.conformance(asked, classic):
+        found.append(finding)
+        screen.say(f"{'ok    ' if finding.passed else 'FAILED'}  {finding.check}" + _indented(finding.detail))
+    screen.emit({"doors": [door.name for door in asked], "checks": [vars(finding) for finding in found]})
+    failed = sum(not finding.passed for finding in found)
+    if failed:
+        raise RejectedError(f"{failed} of {len(found)} checks failed")
+
+
+def _indented(detail: str) -> str:
+    return f"\n        {detail}" if detail else ""
+
+
 @dataclass
 class Front:
     """A gateway in front of the Tritons that this process serves: checked, not yet open."""
