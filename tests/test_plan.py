@@ -359,7 +359,7 @@ def test_plan_says_by_how_much_it_does_not_fit_and_every_offer_fits() -> None:
 
 def test_what_would_fit_stands_with_the_sequences_that_it_holds() -> None:
     message, hint = refusal("device: rtx4090\nlimits: {max_num_tokens: 4096}")
-    assert message.startswith("mine: this recipe cannot run: memory: none weights and fp16 KV need ")
+    assert message.startswith("mine: this recipe cannot run: memory: unquantized weights and fp16 KV need ")
     (fp8,) = (part for part in hint.split("; ") if part.startswith(("weights: fp8", "Any one of these would fit: w")))
     made = plan("device: rtx4090\nquantization: {weights: fp8}\nlimits: {max_num_tokens: 4096}")
     count = made.memory.sequences_at_full_length

@@ -91,7 +91,7 @@ def capacity(
         better = list(_better(asked, recipe.backend or target.backends[0], target, ask))
         has = "" if found.available is None else f", {found.available // MIB} MiB"
         notes.refuse(
-            f"memory: {weights.name} weights and {kv.name} KV need {format_bytes(found.total)}, "
+            f"memory: {_spoken(weights)} weights and {kv.name} KV need {format_bytes(found.total)}, "
             f"{-(-found.missing_bytes // MIB)} MiB more than the {target.title} has{has} (largest: {_largest(found)})",
             "Any one of these would fit: " + "; ".join(better) if better else _no_change(target),
         )
@@ -100,6 +100,10 @@ def capacity(
         reason = f"kv_cache.{key} holds {found.max_kv_tokens} tokens, not one sequence of {needed}"
         notes.refuse(reason, f"Use kv_cache max_tokens: {needed} or more, or a shorter max_seq_len")
     return found
+
+
+def _spoken(weights: WeightScheme) -> str:
+    return weights.name if weights.quant_algo else "unquantized"
 
 
 def _no_change(target: Device) -> str:

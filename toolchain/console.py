@@ -28,11 +28,12 @@ from rich.table import Table
 from rich.text import Text
 
 from toolchain.build_peaks import Peak
+from toolchain.choice_table import Sheet
 from toolchain.errors import RecipeError, ScalellmError
 from toolchain.forecast import Estimate, Forecast
 from toolchain.plan import Plan
 from toolchain.progress import Task
-from toolchain.units import format_bytes, format_count, format_seconds
+from toolchain.units import MIB, format_bytes, format_count, format_seconds
 
 _QUIET_LINE_EVERY_S = 10.0
 
@@ -84,21 +85,25 @@ class Screen:
             table.add_row(*(Text(cell) for cell in row))
         self.out.print(table)
 
-    def plan(self, plan: Plan, source: str, peaks: Sequence[Peak] = ()) -> None:
-        """Every decision with its reason, the memory line by line, what making it takes, prices and warnings."""
+    def plan(self, plan: Plan, source: str, peaks: Sequence[Peak] = (), *, explain: bool = False) -> None:
+        """Every decision with its reason, the memory line by line, what making it takes, prices and warnings.
+
+        ``explain``: each reason with the source of its rule.
+        """
         self.table(
             f"{plan.recipe.name}: {source} on {plan.device.title}",
             ("decision", "value", "because"),
-            [(decision.name, str(decision.value), decision.reason) for decision in plan.decisions],
+            [(one.name, str(one.value), one.explained if explain else one.reason) for one in plan.decisions],
         )
         memory = plan.memory
         device = "" if memory.available is None else f"of {format_bytes(memory.available)} on the device"
         rows = [(line.name, format_bytes(line.bytes), line.how) for line in memory.lines]
         self.say()
         self.table("memory", ("term", "size", "how"), [*rows, ("total", format_bytes(memory.total), device)])
+        free = "" if memory.free_bytes is None else f", and {memory.free_bytes // MIB} MiB free"
         self.say(
             f"\nFits, with {memory.max_kv_tokens} tokens of KV cache: "
-            f"{memory.sequences_at_full_length} sequences at full length per service."
+            f"{memory.sequences_at_full_length} sequences at full length per service{free}."
         )
         self.say()
         made = [(peak.stage, peak.resource, format_bytes(peak.bytes), f"{peak.how} ({peak.source})") for peak in peaks]
@@ -128,6 +133,13 @@ class Screen:
         self.say(f"Estimates may be off by a factor of {1 + band.worst:.2f}{typical}: {band.why}.")
         for assumption in speed.assumptions:
             self.say(f"assumed: {assumption}")
+
+    def sheet_of(self, sheet: Sheet) -> None:
+        """A choice as a table, and what is to be known of it."""
+        self.table(sheet.title, sheet.columns, sheet.rows)
+        self.say()
+        for note in sheet.notes:
+            self.say(note)
 
     def inspection(self, found: Any) -> None:
         """What a folder is (``stages.inspect.Inspection``), and what to type."""

@@ -47,6 +47,11 @@ class Decision:
     reason: str
     source: str = ""
 
+    @property
+    def explained(self) -> str:
+        """The reason, with the source of the rule where it has one."""
+        return f"{self.reason} [{self.source}]" if self.source else self.reason
+
 
 @dataclass
 class Notes:
@@ -71,7 +76,8 @@ class Notes:
         if self.refusals:
             many = len(self.refusals) > 1
             reasons = "".join(f"\n  - {reason}" for reason in self.refusals) if many else " " + self.refusals[0]
-            raise PlanError(f"{name}: this recipe cannot run:{reasons}", hint="\n".join(self.hints))
+            hint = "\n".join(self.hints)
+            raise PlanError(f"{name}: this recipe cannot run:{reasons}", hint=hint, reasons=self.refusals)
 
 
 def with_sm(target: Device) -> str:

@@ -63,9 +63,13 @@ class RecipeError(ScalellmError):
 
 
 class PlanError(ScalellmError):
-    """The recipe is sound, but this device, release or model cannot run it."""
+    """The recipe is sound, but this device, release or model cannot run it. ``reasons`` holds each one."""
 
     exit_code = 3
+
+    def __init__(self, message: str, *, hint: str = "", reasons: Sequence[str] = ()) -> None:
+        super().__init__(message, hint=hint)
+        self.reasons = tuple(reasons) or (message,)
 
 
 class ToolError(ScalellmError):

@@ -6,6 +6,7 @@ It knows shapes, number formats and limits. It does not know recipes or backends
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil, prod
@@ -104,11 +105,13 @@ def linear_parameters(config: LlamaConfig) -> int:
     return attention_parameters(config) + mlp_parameters(config)
 
 
+@functools.cache
 def attention_parameters(config: LlamaConfig) -> int:
     """Weights of q, k, v and o of every layer: 4 194 304 000 for Llama-2-13B."""
     return _parameters(config, "self_attn.")
 
 
+@functools.cache
 def mlp_parameters(config: LlamaConfig) -> int:
     """Weights of gate, up and down of every layer: 8 493 465 600 for Llama-2-13B."""
     return _parameters(config, "mlp.")

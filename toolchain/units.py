@@ -22,6 +22,15 @@ def parse_bytes(text: str | int) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
+def parse_seconds(text: str) -> float:
+    """``"50ms"`` -> 0.05, ``"1s"`` or ``"1"`` -> 1.0. Raises ValueError for anything else, and for 0."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|)\s*", text)
+    seconds = float(match[1]) / (1000 if match[2] == "ms" else 1) if match else 0.0
+    if not seconds:
+        raise ValueError(f"{text!r} is not a duration; write it as 50ms or 1.5s")
+    return seconds
+
+
 def format_bytes(count: int) -> str:
     """13340000000 -> ``"12.42 GiB"``; binary units throughout."""
     for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from toolchain.device import Device, device, devices, find_device
+from toolchain.device import Device, closest_device, device, devices, find_device
 from toolchain.errors import RecipeError
 from toolchain.quantization import KV, WEIGHTS
 from toolchain.recipe import Recipe, contradictions
@@ -32,7 +32,9 @@ def for_device(recipe: Recipe, name: str) -> Recipe:
     """The recipe with ``device: name`` and what its ``per_device`` says of it. Raises RecipeError with all problems."""
     found = find_device(name)
     if found is None:
-        raise RecipeError(f"--device {name}: no such device", hint="One of: " + ", ".join(devices()))
+        near = closest_device(name)
+        meant = f" (did you mean {near!r}?)" if near else ""
+        raise RecipeError(f"--device {name}: no such device{meant}", hint="One of: " + ", ".join(devices()))
     changes = recipe.per_device.get(found.name)
     given = recipe.model_dump(exclude_unset=True)
     merged = _merge(given, changes.model_dump(exclude_unset=True) if changes else {})

@@ -4,12 +4,14 @@
 
 ``RECIPE/RELEASE.txt`` holds the builder's command, the checkpoint's ``config.json`` and the Triton repository, or the
 plan's refusal. A config.pbtxt, or its tensors, that several repositories share stands once, in ``models``.
+``choice.txt`` is a table of ``scalellm plan --device ...``.
 
 The model is Llama-2-13B by its published config; the engine is what ``tests/fake_build.py`` leaves.
 """
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import tempfile
@@ -24,10 +26,14 @@ from toolchain.backends.tensorrt_llm.export import Export
 from toolchain.backends.tensorrt_llm.split import Split
 from toolchain.build_flags import command
 from toolchain.checkpoint import Checkpoint, CheckpointQuantization, TensorInfo
+from toolchain.choice import choose
+from toolchain.choice_table import sheet
 from toolchain.engine import Engine, write_passport
 from toolchain.errors import PlanError
 from toolchain.family import LlamaConfig, published
+from toolchain.option import Asked, Load, Slo
 from toolchain.plan import Plan, make_plan
+from toolchain.price_list import PriceList
 from toolchain.recipe import available, load_recipe
 from toolchain.stages import build, package
 from toolchain.stages.commands import paste
@@ -126,3 +132,13 @@ def everything() -> Iterator[tuple[str, str]]:
             for file in shared.keys() - told:
                 told.add(file)
                 yield file, shared[file]
+
+
+def choice_text() -> str:
+    """The table of four devices for the blog's model, at a day and with public prices, a line a row."""
+    recipe = load_recipe("llama2-13b", search=[workspace.shipped("recipes")])
+    asked = Asked(recipe.model_copy(update={"model": MODEL}), _config(), Load(1024, 256), Slo(1.0, 0.08))
+    made = choose(asked, ["rtx4090", "l4", "t4", "a100-80gb"], "cost", datetime.date(2024, 9, 1))
+    drawn = sheet(made, PriceList())
+    rows = [drawn.columns, *drawn.rows]
+    return "\n".join([drawn.title, *(" | ".join(row) for row in rows), "", *drawn.notes, ""])

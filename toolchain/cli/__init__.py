@@ -12,7 +12,7 @@ import sys
 import click
 
 from toolchain import __version__
-from toolchain.cli import doors, finding, making, serving
+from toolchain.cli import choosing, doors, finding, making, serving
 from toolchain.errors import ScalellmError
 
 
@@ -30,7 +30,7 @@ def verbs() -> None:
 
 
 for _verb in (
-    *(making.plan, making.commands, making.quantize, making.convert, making.build, making.package),
+    *(choosing.init, choosing.plan, making.commands, making.quantize, making.convert, making.build, making.package),
     *(serving.serve, serving.infer, doors.gateway, doors.conformance),
     *(finding.recipes, finding.inspect, finding.import_, finding.doctor, finding.completion),
 ):

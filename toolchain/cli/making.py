@@ -1,4 +1,4 @@
-"""The verbs that plan and make: plan, commands, quantize, convert, build, package."""
+"""The verbs that make: commands, quantize, convert, build, package."""
 
 from __future__ import annotations
 
@@ -24,22 +24,6 @@ from toolchain.errors import ScalellmError
 if TYPE_CHECKING:
     from toolchain.console import Screen
     from toolchain.pipeline import Job, Result, State
-
-
-@click.command()
-@recipe_flags
-@common
-def plan(recipe: str, model: str | None, work: Path, json_output: bool, verbose: int) -> None:
-    """Say what will be done and why, and whether it fits. Needs no GPU and makes nothing.
-
-    \b
-    Example:
-      scalellm plan --recipe t4
-    """
-    screen = open_screen(json_output, verbose)
-    job = open_job(screen, recipe, model, work)
-    screen.emit({**job.plan.to_json(), "build_peaks": [vars(peak) for peak in job.peaks]})
-    screen.plan(job.plan, job.source, job.peaks)
 
 
 @click.command()

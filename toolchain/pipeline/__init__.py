@@ -11,7 +11,7 @@ key and intact files: skipped.
 from __future__ import annotations
 
 from toolchain.pipeline.job import Job
-from toolchain.pipeline.source import import_model
+from toolchain.pipeline.source import import_model, look
 from toolchain.pipeline.state import NAMES, STAGE_OF, Result, State
 
-__all__ = ["NAMES", "STAGE_OF", "Job", "Result", "State", "import_model"]
+__all__ = ["NAMES", "STAGE_OF", "Job", "Result", "State", "import_model", "look"]

@@ -12,8 +12,10 @@ from toolchain.family import LlamaConfig, published, read_config
 from toolchain.pipeline.state import State, state_of
 from toolchain.plan import Plan
 from toolchain.progress import Progress
+from toolchain.quantization import WEIGHTS
 from toolchain.quantizers import foreign
 from toolchain.quantizers.foreign import Foreign
+from toolchain.recipe import Quantization, Recipe
 from toolchain.stages import adopt as adopt_stage
 from toolchain.workspace import Stamp
 
@@ -65,6 +67,15 @@ class Model:
         return read_config(checkpoints.read_json(file, hint=_NAME_A_MODEL), str(file))
 
     @property
+    def quantized(self) -> Quantization | None:
+        """What a recipe says of weights that another tool quantized; None for those that are not."""
+        scheme = self._foreign.scheme if self._foreign else None
+        if scheme is None:
+            return None
+        group = {"group_size": scheme.group_size} if WEIGHTS[scheme.weights].group_sizes else {}
+        return Quantization.model_validate({"weights": scheme.weights, **group})
+
+    @property
     def fingerprint(self) -> str | None:
         """Of the model's files; from the checkpoint's stamp where the model is not here; None where neither is."""
         if self._stamp is not None:
@@ -91,6 +102,16 @@ class Model:
         elif self._opened is None:
             self._opened = Checkpoint.open(checkpoints.download(self._source))
         return self._opened
+
+
+def look(recipe: Recipe, work: Path, progress: Progress) -> tuple[Model, LlamaConfig | None]:
+    """The model behind a recipe, and its draft model's configuration, to plan with: nothing is made or imported."""
+    folder = work / recipe.name
+    model = Model(recipe.model, folder / "checkpoint", folder / "imported", progress)
+    if recipe.speculative is None:
+        return model, None
+    draft = folder / "draft"
+    return model, Model(recipe.speculative.draft, draft / "checkpoint", draft / "imported", progress).config
 
 
 def import_model(model: Foreign, target: Path, progress: Progress, tokenizer: Path | None = None) -> State:
