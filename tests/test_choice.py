@@ -18,7 +18,8 @@ from toolchain.choice_table import break_even_line, sheet
 from toolchain.device import Price, devices
 from toolchain.family import published
 from toolchain.latency import unpacks
-from toolchain.option import MOST_SERVICES, Asked, Load, Option, Slo
+from toolchain.load import Load, Slo
+from toolchain.option import MOST_SERVICES, Asked, Option
 from toolchain.plan import make_plan
 from toolchain.price_list import PriceList
 from toolchain.quantization import WEIGHTS

@@ -170,7 +170,7 @@ def test_init_refuses_what_fits_nowhere(scalellm, tmp_path):
 def test_planning_loads_no_heavy_library():
     code = (
         "import sys; from toolchain import choice, choice_table, starter, price_list, recipe, family; import datetime\n"
-        "from toolchain.option import Asked, Load\n"
+        "from toolchain.option import Asked; from toolchain.load import Load\n"
         f"config = family.published({MODEL!r})\n"
         "asked = Asked(recipe.load_recipe('l4'), config, Load(1024, 256))\n"
         "made = choice.choose(asked, ['l4', 't4'], 'ttft', datetime.date(2026, 1, 1))\n"

@@ -45,6 +45,7 @@ def test_help_imports_no_heavy_library():
 @pytest.mark.parametrize(
     "verb",
     [
+        "init",
         "plan",
         "commands",
         "quantize",

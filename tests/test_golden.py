@@ -22,6 +22,11 @@ def test_shipped_recipe_becomes_this_command_checkpoint_and_repository(name: str
         assert part == (golden.HERE / file).read_text(encoding="utf-8"), AGAIN
 
 
+@pytest.mark.parametrize("name", golden.recipes())
+def test_shipped_recipe_has_this_plan(name: str) -> None:
+    assert golden.plan_text(name) == (golden.HERE / "plans" / f"{name}.txt").read_text(encoding="utf-8"), AGAIN
+
+
 def test_no_golden_file_is_left_over() -> None:
     there = {str(file.relative_to(golden.HERE)) for kind in ("*/*.txt", "*/*.pbtxt") for file in golden.HERE.glob(kind)}
     assert there == {file for file, _ in golden.everything()}, AGAIN

@@ -16,7 +16,8 @@ from typing import Any
 
 from toolchain.device import Price, devices
 from toolchain.forecast import KIND
-from toolchain.option import VERDICTS, Asked, Load, Option, Slo, options
+from toolchain.load import VERDICTS, Load, Slo
+from toolchain.option import Asked, Option, options
 from toolchain.price_list import age_days
 from toolchain.quantization import WEIGHTS
 

@@ -87,6 +87,8 @@ def _remarks(one: Option) -> Iterator[str]:
     if one.speed and one.speed.unpacked_from_s:
         times = one.speed.ttft.seconds / one.speed.unpacked_from_s
         yield f"unpacked: first token x{times:.2f}" + (" (this short only)" if times < 1 else "")
+    if one.plan and one.plan.gate == "required":
+        yield "must be verified"
     if one.kv == "int8" and one.speed:
         yield "INT8 cache: check quality"
     if one.speed and one.speed.guessed:

@@ -5,6 +5,7 @@ Bars and notes go to standard error, so that standard output can be piped. It de
 
 from __future__ import annotations
 
+import datetime
 import json
 import sys
 import time
@@ -32,6 +33,7 @@ from toolchain.choice_table import Sheet
 from toolchain.errors import RecipeError, ScalellmError
 from toolchain.forecast import Estimate, Forecast
 from toolchain.plan import Plan
+from toolchain.price_list import age_days
 from toolchain.progress import Task
 from toolchain.units import MIB, format_bytes, format_count, format_seconds
 
@@ -109,8 +111,10 @@ class Screen:
         made = [(peak.stage, peak.resource, format_bytes(peak.bytes), f"{peak.how} ({peak.source})") for peak in peaks]
         self.table("what making it takes", ("stage", "of", "size", "how"), made)
         self._speed(plan.latency)
+        today = datetime.date.today()
         for price in plan.prices:
-            self.say(f"price: ${price.usd_per_hour}/h {price.vendor} {price.kind} ({price.date}, {price.source})")
+            when = f"{price.date}, {age_days(price, today)} days old"
+            self.say(f"price: ${price.usd_per_hour}/h {price.vendor} {price.kind} ({when}, {price.source})")
         for warning in plan.warnings:
             self.say(f"note: {warning}")
 

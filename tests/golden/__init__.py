@@ -4,7 +4,7 @@
 
 ``RECIPE/RELEASE.txt`` holds the builder's command, the checkpoint's ``config.json`` and the Triton repository, or the
 plan's refusal. A config.pbtxt, or its tensors, that several repositories share stands once, in ``models``.
-``choice.txt`` is a table of ``scalellm plan --device ...``.
+``plans/RECIPE.txt`` is the plan with the recipe's own release, ``choice.txt`` a table of ``scalellm plan --device ...``.
 
 The model is Llama-2-13B by its published config; the engine is what ``tests/fake_build.py`` leaves.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fake_build import engine_config
-from toolchain import workspace
+from toolchain import build_peaks, workspace
 from toolchain.backends.tensorrt_llm.document import config_document
 from toolchain.backends.tensorrt_llm.export import Export
 from toolchain.backends.tensorrt_llm.split import Split
@@ -31,7 +31,8 @@ from toolchain.choice_table import sheet
 from toolchain.engine import Engine, write_passport
 from toolchain.errors import PlanError
 from toolchain.family import LlamaConfig, published
-from toolchain.option import Asked, Load, Slo
+from toolchain.load import Load, Slo
+from toolchain.option import Asked
 from toolchain.plan import Plan, make_plan
 from toolchain.price_list import PriceList
 from toolchain.recipe import available, load_recipe
@@ -52,12 +53,37 @@ def recipes() -> list[str]:
     return names + devices
 
 
-def planned(name: str, release: str) -> Plan:
-    """The plan of ``recipe`` or ``recipe@device`` with that release. Raises PlanError."""
+def planned(name: str, release: str | None) -> Plan:
+    """The plan of ``recipe`` or ``recipe@device`` with that release, or the recipe's own. Raises PlanError."""
     stem, _, device = name.partition("@")
     recipe = load_recipe(stem, search=[workspace.shipped("recipes")])
     recipe = for_device(recipe, device or recipe.device)
-    return make_plan(recipe.model_copy(update={"tensorrt_llm": release, "model": MODEL}), _config())
+    changes = {"model": MODEL} | ({"tensorrt_llm": release} if release else {})
+    return make_plan(recipe.model_copy(update=changes), _config())
+
+
+def plan_text(name: str) -> str:
+    """Every decision with its reason and source, each term of the memory, the estimates and the warnings."""
+    plan = planned(name, None)
+    lines = [f"{one.name} = {one.value}: {one.explained}" for one in plan.decisions]
+    memory = [f"{one.name}: {one.bytes} B ({one.how})" for one in plan.memory.lines]
+    held = (
+        f"total: {plan.memory.total} B; {plan.memory.free_bytes} B free; {plan.memory.sequences_at_full_length} at once"
+    )
+    peaks = [f"{one.stage} {one.resource}: {one.bytes} B ({one.how}; {one.source})" for one in build_peaks.peaks(plan)]
+    speed = plan.latency
+    told = (
+        [f"TTFT of {one.tokens}: {one.seconds * 1e3:.1f} ms ({one.floor_s * 1e3:.1f})" for one in speed.ttft]
+        if speed
+        else []
+    )
+    told += (
+        [f"ITL of {one.batch}: {one.seconds * 1e3:.2f} ms ({one.floor_s * 1e3:.2f})" for one in speed.itl]
+        if speed
+        else []
+    )
+    warned = [f"note: {one}" for one in plan.warnings]
+    return "\n".join([*lines, "", *memory, held, "", *peaks, "", *told, *warned, ""])
 
 
 def _config() -> LlamaConfig:
@@ -126,6 +152,7 @@ def everything() -> Iterator[tuple[str, str]]:
     """(file in this folder, text) of all of them; shared files once."""
     told: set[str] = set()
     for name in recipes():
+        yield f"plans/{name}.txt", plan_text(name)
         for release in RELEASES:
             body, shared = text(name, release)
             yield f"{name}/{release}.txt", body

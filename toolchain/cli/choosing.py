@@ -3,118 +3,24 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import shlex
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from toolchain.cli.flags import PATH, Function, common, complete_recipe, open_job, open_screen, work_flag
-from toolchain.errors import PlanError, RecipeError
+from toolchain.cli.flags import PATH, common, complete_recipe, open_job, open_screen, work_flag
+from toolchain.cli.wish import GOALS, Wish, asked_for, choice_flags
+from toolchain.errors import PlanError, RecipeError, ScalellmError
 
 if TYPE_CHECKING:
     from toolchain.choice import Choice
     from toolchain.console import Screen
-    from toolchain.option import Asked, Load, Slo
-    from toolchain.price_list import PriceList
-    from toolchain.recipe import Recipe
-
-GOALS = ("ttft", "throughput", "density", "cost")
-PROMPT_TOKENS, OUTPUT_TOKENS = 1024, 256
-"""The load that is assumed where neither a flag nor a recipe says one."""
-
-STEP_TOKENS = 4096
-"""max_num_tokens where there is no recipe: the builder's 8192 take twice the memory for activations."""
-
-
-def _services(_ctx: click.Context, param: click.Parameter, text: str | None) -> int | str | None:
-    if text is None or text == "auto":
-        return text
-    if not text.isdigit() or not 1 <= int(text) <= 64:
-        raise click.BadParameter(f"{text!r}: a number from 1 to 64, or auto", param=param)
-    return int(text)
-
-
-def _slo(_ctx: click.Context, param: click.Parameter, text: str | None) -> Slo | None:
-    from toolchain.option import Slo
-
-    try:
-        return None if text is None else Slo.parse(text)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param=param) from error
-
-
-def choice_flags(function: Function) -> Function:
-    """What is wanted, of which requests, at which prices: the same for ``plan`` and ``init``."""
-    options: list[Callable[[Function], Function]] = [
-        click.option("--slo", callback=_slo, metavar="ttft=1s,itl=50ms", help="Limits that come before the goal."),
-        click.option(
-            "--services", callback=_services, metavar="N|auto", help="Copies on one device; auto tries all that fit."
-        ),
-        click.option("--prompt", type=click.IntRange(min=1), metavar="TOKENS", help="Tokens in. [default: 1024]"),
-        click.option("--output", type=click.IntRange(min=1), metavar="TOKENS", help="Tokens out. [default: 256]"),
-        click.option(
-            "--price", "own_prices", multiple=True, metavar="[DEVICE=]USD", help="Dollars per hour that you pay."
-        ),
-        click.option(
-            "--prices", "price_file", type=PATH, metavar="FILE", help="Your prices instead of the public ones."
-        ),
-        click.option(
-            "--old-after",
-            "old_days",
-            type=click.IntRange(min=1),
-            default=180,
-            show_default=True,
-            metavar="DAYS",
-            help="Mark prices that are older.",
-        ),
-    ]
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
-@dataclass(frozen=True)
-class Wish:
-    """The flags of ``choice_flags``."""
-
-    slo: Slo | None
-    services: int | str | None
-    prompt: int | None
-    output: int | None
-    own_prices: tuple[str, ...]
-    price_file: Path | None
-    old_days: int
-
-    @property
-    def given(self) -> bool:
-        """Whether any of them was."""
-        return any((self.slo, self.services, self.prompt, self.output, self.own_prices, self.price_file))
-
-    def words(self) -> list[str]:
-        """The flags as they would be typed again."""
-        slo = (
-            [f"{key}={value:g}s" for key, value in (("ttft", self.slo.ttft_s), ("itl", self.slo.itl_s)) if value]
-            if self.slo
-            else []
-        )
-        pairs = (("--slo", ",".join(slo)), ("--services", self.services), ("--prompt", self.prompt))
-        pairs += (("--output", self.output), ("--prices", self.price_file))  # type: ignore[assignment]
-        named = [("--price", price) for price in self.own_prices]
-        return [str(word) for flag, value in (*pairs, *named) if value for word in (flag, value)]
-
-    def prices(self) -> PriceList:
-        """What counts as a price."""
-        from toolchain.price_list import PriceList, named, read_prices
-        from toolchain.problems import read_text
-
-        own, every = named(self.own_prices)
-        rows = read_prices(read_text(self.price_file, "file of prices"), self.price_file) if self.price_file else None
-        return PriceList(rows, own, every, self.old_days)
+    from toolchain.option import Asked
 
 
 @click.command()
@@ -125,6 +31,7 @@ class Wish:
 @click.option("--goal", type=click.Choice(GOALS), help="Compare formats and devices: what is wanted most.")
 @choice_flags
 @click.option("--explain", is_flag=True, help="Say where the rule behind each decision comes from.")
+@click.option("--schema", is_flag=True, help="Print the JSON Schema of what --json prints.")
 @common
 def plan(
     recipe: str | None,
@@ -133,6 +40,7 @@ def plan(
     names: str | None,
     goal: str | None,
     explain: bool,
+    schema: bool,
     json_output: bool,
     verbose: int,
     **wish: Any,
@@ -150,15 +58,23 @@ def plan(
     """
     screen = open_screen(json_output, verbose)
     wished = Wish(**wish)
+    if schema:
+        from toolchain import plan_schema
+
+        click.echo(json.dumps(plan_schema.schema(), indent=2))
+        return
     if recipe is None and model is None:
         raise click.UsageError("Name a recipe (--recipe) or a model (--model).")
     several = names is not None and ("," in names or names == "all")
     if recipe is not None and not (goal or wished.given or several):
-        job = open_job(screen, recipe, model, work, target=names)
+        try:
+            job = open_job(screen, recipe, model, work, target=names)
+        except PlanError as error:
+            raise _with_alternative(error, screen, recipe, model, work, names) from error
         screen.emit({**job.plan.to_json(), "build_peaks": [vars(peak) for peak in job.peaks]})
         screen.plan(job.plan, job.source, job.peaks, explain=explain)
         return
-    asked, devices = _asked(screen, recipe, model, work, names, wished)
+    asked, devices = asked_for(screen, recipe, model, work, names, wished)
     choice = _choose(asked, devices, goal or "ttft")
     screen.emit(choice.to_json())
     from toolchain.choice_table import sheet
@@ -172,72 +88,26 @@ def plan(
         screen.plan(choice.best.plan, asked.recipe.model, explain=True)
 
 
+def _with_alternative(
+    error: PlanError, screen: Screen, recipe: str, model: str | None, work: Path, name: str | None
+) -> PlanError:
+    """The refusal of a recipe, with what works that is most like it; as it was where nothing does."""
+    from toolchain.alternative import alternative, told
+    from toolchain.variant import for_device
+
+    try:
+        asked, devices = asked_for(screen, recipe, model, work, name, Wish())
+        asked = replace(asked, recipe=for_device(asked.recipe, devices[0]))
+        found = alternative(asked)
+    except ScalellmError:
+        return error
+    hint = "\n".join(filter(None, (error.hint, told(found, asked.recipe) if found else "")))
+    return PlanError(error.message, hint=hint, reasons=error.reasons)
+
+
 def _nearest(choice: Choice) -> str:
     hint = next((one.nearest for one in choice.ranked if one.nearest), "")
     return f"\n  try: {hint}" if hint else ""
-
-
-def _asked(
-    screen: Screen, recipe: str | None, model: str | None, work: Path, names: str | None, wish: Wish
-) -> tuple[Asked, list[str]]:
-    """What is compared, and on which devices."""
-    from toolchain.device import device, devices
-    from toolchain.option import Asked, Slo
-    from toolchain.pipeline import look
-    from toolchain.recipe import load_recipe
-
-    prices = wish.prices()
-    chosen = [device(name.strip()).name for name in names.split(",")] if names and names != "all" else list(devices())
-    if recipe is None:
-        assert model is not None
-        base = _plain_recipe(model, chosen[0], wish)
-    else:
-        base = load_recipe(recipe)
-        base = base.model_copy(update={"model": model or base.model})
-        chosen = chosen if names else [base.device]
-    found, draft = look(base, work, screen)
-    services = base.services if wish.services is None else None if wish.services == "auto" else int(wish.services)
-    asked = Asked(
-        base,
-        found.config,
-        _load(base, found.config.max_position_embeddings, wish),
-        wish.slo or Slo(),
-        services,
-        prices,
-        draft,
-        found.quantized,
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    )
-    return asked, chosen
-
-
-def _plain_recipe(model: str, device: str, wish: Wish) -> Recipe:
-    """A recipe that says nothing but the load."""
-    from toolchain.recipe import Recipe
-    from toolchain.starter import name_of
-
-    prompt, output = wish.prompt or PROMPT_TOKENS, wish.output or OUTPUT_TOKENS
-    limits = {"max_seq_len": prompt + output, "max_input_len": prompt, "max_num_tokens": max(prompt, STEP_TOKENS)}
-    name = name_of(model, "")[:-1][:64]
-    return Recipe.model_validate({"name": name, "model": model, "device": device, "limits": limits})
-
-
-def _load(recipe: Recipe, positions: int, wish: Wish) -> Load:
-    """Tokens in and out: the flags', within the recipe's limits. Raises RecipeError where they are longer."""
-    from toolchain.option import Load
-
-    longest = recipe.limits.max_seq_len or positions
-    most = min(recipe.limits.max_input_len or longest, longest - 1)
-    prompt = wish.prompt or min(PROMPT_TOKENS, most)
-    if prompt > most:
-        raise RecipeError(f"--prompt {prompt}: the longest prompt has {most} tokens", hint=f"--prompt {most}")
-    output = wish.output or min(OUTPUT_TOKENS, longest - prompt)
-    if prompt + output > longest:
-        room = longest - prompt
-        raise RecipeError(
-            f"--output {output}: a sequence has {longest} tokens, {prompt} of them the prompt", hint=f"--output {room}"
-        )
-    return Load(prompt, output)
 
 
 def _choose(asked: Asked, names: list[str], goal: str) -> Choice:
@@ -280,7 +150,7 @@ def init(
     model = model or _ask("Model: a folder, or ORG/NAME", flag="--model")
     names = names or _ask_device()
     goal = goal or _ask("Wanted most", flag="--goal", kind=click.Choice(GOALS), default="ttft")
-    asked, devices = _asked(screen, None, model, work, names, wished)
+    asked, devices = asked_for(screen, None, model, work, names, wished)
     choice = _choose(asked, devices, goal)
     best = choice.best
     if best is None:
