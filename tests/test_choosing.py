@@ -9,6 +9,8 @@ import sys
 import pytest
 
 from tests.conftest import ROOT, SCALELLM
+from tests.quantizers.foreign import folders
+from tests.stages.test_quantize import run as quantize
 from toolchain.family import published
 from toolchain.plan import make_plan
 from toolchain.recipe import load_recipe
@@ -179,3 +181,37 @@ def test_planning_loads_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_model_that_is_quantized_already_has_no_other_weights(scalellm, tmp_path):
+    model = folders.write(tmp_path / "awq", folders.awq(64), folders.AWQ | {"group_size": 64}, kv_heads=2)
+    argv = ["--model", model.path, "--device", "rtx4090", "--prompt", "512", "--goal", "ttft"]
+    told = json.loads(scalellm("plan", *argv, "--json").stdout)
+    assert {row["weights"] for row in told["options"]} == {"int4"}
+    assert any(row["fits"] for row in told["options"])
+    file = tmp_path / "mine.yaml"
+    assert scalellm("init", *argv, "-o", file).returncode == 0
+    assert load_recipe(str(file)).quantization.group_size == 64
+    assert scalellm("plan", "--recipe", file).returncode == 0
+
+
+def test_a_reserve_is_left_and_written_down(scalellm, tmp_path):
+    argv = ["--model", MODEL, "--device", "rtx4090", "--goal", "throughput"]
+    free, kept = (
+        json.loads(scalellm("plan", *argv, *more, "--json").stdout)["options"] for more in ((), ("--reserve", "4GiB"))
+    )
+    held = {row["name"]: row["sequences"] for row in free if row["fits"]}
+    assert all(row["sequences"] <= held[row["name"]] for row in kept if row["fits"])
+    assert sum(row["sequences"] for row in kept) < sum(held.values())
+    file = tmp_path / "mine.yaml"
+    assert scalellm("init", *argv, "--reserve", "4GiB", "-o", file).returncode == 0
+    assert load_recipe(str(file)).reserve == "4GiB"
+
+
+def test_a_checkpoint_of_our_own_layout_keeps_its_weights_too(scalellm, random_llama, tmp_path):
+    folder = quantize(random_llama(), tmp_path / "made", weights="int4", group_size=64)
+    (folder / "stamp.json").unlink()
+    argv = ["--model", folder, "--device", "rtx4090,t4", "--prompt", "256", "--output", "64", "--json"]
+    options = json.loads(scalellm("plan", *argv).stdout)["options"]
+    assert {row["weights"] for row in options} == {"int4"}
+    assert {row["device"] for row in options if row["fits"]} == {"rtx4090", "t4"}

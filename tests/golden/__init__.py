@@ -4,7 +4,7 @@
 
 ``RECIPE/RELEASE.txt`` holds the builder's command, the checkpoint's ``config.json`` and the Triton repository, or the
 plan's refusal. A config.pbtxt, or its tensors, that several repositories share stands once, in ``models``.
-``plans/RECIPE.txt`` is the plan with the recipe's own release, ``choice.txt`` a table of ``scalellm plan --device ...``.
+``plans/RECIPE.txt`` is the plan with the recipe's own release, ``choice.txt`` a table of ``scalellm plan --goal``.
 
 The model is Llama-2-13B by its published config; the engine is what ``tests/fake_build.py`` leaves.
 """

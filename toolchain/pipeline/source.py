@@ -12,9 +12,10 @@ from toolchain.family import LlamaConfig, published, read_config
 from toolchain.pipeline.state import State, state_of
 from toolchain.plan import Plan
 from toolchain.progress import Progress
-from toolchain.quantization import WEIGHTS
+from toolchain.quantization import WEIGHTS, weights_of
 from toolchain.quantizers import foreign
 from toolchain.quantizers.foreign import Foreign
+from toolchain.quantizers.layout import HF_QUANT_CONFIG
 from toolchain.recipe import Quantization, Recipe
 from toolchain.stages import adopt as adopt_stage
 from toolchain.workspace import Stamp
@@ -68,12 +69,15 @@ class Model:
 
     @property
     def quantized(self) -> Quantization | None:
-        """What a recipe says of weights that another tool quantized; None for those that are not."""
-        scheme = self._foreign.scheme if self._foreign else None
-        if scheme is None:
+        """What a recipe says of weights that are quantized already, by whichever tool; None for those that are not."""
+        if self._foreign:
+            scheme = self._foreign.scheme
+            return _said(scheme.weights, scheme.group_size) if scheme else None
+        if self._stamp is not None or self.folder is None or not (self.folder / HF_QUANT_CONFIG).is_file():
             return None
-        group = {"group_size": scheme.group_size} if WEIGHTS[scheme.weights].group_sizes else {}
-        return Quantization.model_validate({"weights": scheme.weights, **group})
+        found = Checkpoint.open(self.folder).quantization
+        weights = weights_of(found.quant_algo) if found else None
+        return _said(weights.name, found.group_size) if found and weights and weights.quant_algo else None
 
     @property
     def fingerprint(self) -> str | None:
@@ -102,6 +106,11 @@ class Model:
         elif self._opened is None:
             self._opened = Checkpoint.open(checkpoints.download(self._source))
         return self._opened
+
+
+def _said(weights: str, group_size: int | None) -> Quantization:
+    group = {"group_size": group_size} if WEIGHTS[weights].group_sizes and group_size else {}
+    return Quantization.model_validate({"weights": weights, **group})
 
 
 def look(recipe: Recipe, work: Path, progress: Progress) -> tuple[Model, LlamaConfig | None]:
