@@ -12,7 +12,7 @@ from toolchain.option import Option
 from toolchain.price_list import PriceList, age_days
 
 COLUMNS = (
-    *("", "device", "weights", "cache", "x", "TRT-LLM", "at once", "TTFT", "ITL", "tokens/s", "off by"),
+    *("", "device", "weights", "cache", "services", "TRT-LLM", "at once", "TTFT", "ITL", "tokens/s", "off by"),
     *("$/h", "tokens/$", "score", "SLO", "remarks, or why not"),
 )
 
@@ -102,11 +102,14 @@ def _notes(choice: Choice, shown: Sequence[Option], prices: PriceList) -> Iterat
         also = " and services" if choice.goal == "density" else ""
         yield f"*: no other option is as good in TTFT, tokens/s and price{also} and better in one (Pareto set)."
     yield "TTFT: one prompt at a time, without queue and server. tokens/s: of the GPU, all sequences in flight."
+    yield "off by: the factor by which a row's TTFT may be too long or too short. SLO: judged with that error."
     if any(one.services > 1 for one in shown):
         yield "Services of one GPU share its time: limits are held against all of them busy at once, our assumption."
         yield "The score counts them asked one at a time, as FEDML's table does."
     for told in choice.break_even:
         yield break_even_line(told)
+    if any(one.speed and one.speed.guessed for one in shown):
+        yield "A guess is ranked, and breaks even, by the bad end of its error: its estimate is what the row shows."
     yield from _price_notes(choice, shown, prices)
     yield "Ranked by speed, memory and money; what a format does to the text must be measured."
     hidden = len(choice.ranked) - len(shown)

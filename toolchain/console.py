@@ -37,6 +37,7 @@ from toolchain.price_list import age_days
 from toolchain.progress import Task
 from toolchain.units import MIB, format_bytes, format_count, format_seconds
 
+_REMARKS_WIDTH = 50
 _QUIET_LINE_EVERY_S = 10.0
 
 
@@ -74,18 +75,26 @@ class Screen:
             sys.stdout.write("\n")
             sys.stdout.flush()
 
-    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """A table; the first column is a name, the last may wrap."""
+    def table(
+        self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, width: int | None = None
+    ) -> None:
+        """A table; the first column is a name, the last may wrap. ``width``: instead of the terminal's."""
         if self.json_output:
             return
         table = Table(
-            title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False
+            title=title,
+            title_justify="left",
+            title_style="bold",
+            header_style="bold",
+            box=None,
+            pad_edge=False,
+            width=width,
         )
         for index, column in enumerate(columns):
             table.add_column(column, no_wrap=index < len(columns) - 1, overflow="fold")
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
-        self.out.print(table)
+        self.out.print(table, crop=width is None)
 
     def plan(self, plan: Plan, source: str, peaks: Sequence[Peak] = (), *, explain: bool = False) -> None:
         """Every decision with its reason, the memory line by line, what making it takes, prices and warnings.
@@ -139,8 +148,9 @@ class Screen:
             self.say(f"assumed: {assumption}")
 
     def sheet_of(self, sheet: Sheet) -> None:
-        """A choice as a table, and what is to be known of it."""
-        self.table(sheet.title, sheet.columns, sheet.rows)
+        """A choice as a table, and what is to be known of it. It is never cut: a narrow terminal breaks its lines."""
+        fixed = [max(map(len, column)) + 1 for column in zip(sheet.columns, *sheet.rows, strict=True)][:-1]
+        self.table(sheet.title, sheet.columns, sheet.rows, width=max(self.out.width, sum(fixed) + _REMARKS_WIDTH))
         self.say()
         for note in sheet.notes:
             self.say(note)

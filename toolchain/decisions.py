@@ -26,6 +26,9 @@ CPU_STEP_TOKENS = 256
 """A step of the openvino backend is never longer, so that a long prompt does not stall the streams: the same number as
 STEP_TOKENS of its runtime, and the default of openvino.genai scheduler_config.hpp 2026.4."""
 
+MODEL_CONFIG = "the model's config.json"
+"""Source of what the model itself says."""
+
 FUSED_ATTENTION_SM = 80
 """Oldest SM for fused context attention in releases that still know SM 75: fmhaRunner.cpp @0.12.0.dev2024080600 takes
 70, 80, 86, 89 and 90 and aborts on 75."""
@@ -49,8 +52,10 @@ class Decision:
 
     @property
     def explained(self) -> str:
-        """The reason, with the source of the rule where it has one."""
-        return f"{self.reason} [{self.source}]" if self.source else self.reason
+        """The reason, with the source of the rule: where none is noted, the rule is ours."""
+        if self.reason == "named by the recipe" and not self.source:
+            return self.reason
+        return f"{self.reason} [{self.source or 'our rule, toolchain/decisions.py'}]"
 
 
 @dataclass
@@ -160,9 +165,8 @@ def choose_release(
         notes.refuse(error.message, error.hint)
         return None
     notes.decide("tensorrt_llm", release.version, reason, release.source)
-    notes.decide(
-        "container", release.container, f"ships TensorRT-LLM {release.version}; driver {release.driver} or newer"
-    )
+    ships = f"ships TensorRT-LLM {release.version}; driver {release.driver} or newer"
+    notes.decide("container", release.container, ships, release.source)
     notes.warnings.extend(
         f"whether TensorRT-LLM {release.version} reads {one.text} is not confirmed; {one.first} does ({one.source})"
         for one in release.unread_of(backend, target.sm, read)
@@ -247,7 +251,9 @@ def _rounding(recipe: Recipe, weights: WeightScheme, notes: Notes) -> None:
     if weights.name == "fp8":
         shared = "one weight scale for q, k and v and one for gate and up: TensorRT-LLM multiplies them fused"
         separate = "one weight scale per matrix, as ModelOpt's unified export; a TensorRT-LLM engine rounds them again"
-        notes.decide("fp8_scales", asked.fp8_scales, shared if asked.fp8_scales == "shared" else separate)
+        notes.decide(
+            "fp8_scales", asked.fp8_scales, shared if asked.fp8_scales == "shared" else separate, weights.source
+        )
 
 
 def _activations(weights: WeightScheme, backend: str, notes: Notes) -> None:
@@ -283,7 +289,7 @@ def engine_dtype(config: LlamaConfig, target: Device) -> str:
 def choose_dtype(recipe: Recipe, config: LlamaConfig, target: Device, notes: Notes) -> str:
     """What the engine holds embeddings, norms and head in, and on a GPU computes in: ``float16`` or the model's own."""
     if target.is_cpu:
-        notes.decide("dtype", config.dtype, "the model's own; embeddings, norms and head keep it")
+        notes.decide("dtype", config.dtype, "the model's own; embeddings, norms and head keep it", MODEL_CONFIG)
         _precision(recipe, notes)
         return config.dtype
     chosen = engine_dtype(config, target)
@@ -295,7 +301,7 @@ def choose_dtype(recipe: Recipe, config: LlamaConfig, target: Device, notes: Not
     if config.dtype == "float32":
         notes.decide("dtype", "float16", "the model is float32; the engine computes in float16")
         return "float16"
-    notes.decide("dtype", config.dtype, "the model's own")
+    notes.decide("dtype", config.dtype, "the model's own", MODEL_CONFIG)
     return config.dtype
 
 
@@ -312,7 +318,7 @@ def choose_limits(recipe: Recipe, config: LlamaConfig, notes: Notes, *, fused: b
     if longest > known:
         notes.refuse(f"limits.max_seq_len {longest}: the model knows {known} positions", f"Use max_seq_len: {known}")
     reason = "named by the recipe" if asked.max_seq_len else "all positions that the model knows"
-    notes.decide("max_seq_len", longest, reason)
+    notes.decide("max_seq_len", longest, reason, "" if asked.max_seq_len else MODEL_CONFIG)
     prompt = asked.max_input_len or longest
     if prompt > longest:
         notes.refuse(

@@ -171,7 +171,8 @@ def make_plan(
     notes = Notes()
     target = device(recipe.device)
     recipe, chosen = settle(recipe)
-    notes.decide("device", target.name, f"{target.title}{rules.with_sm(target)}, {target.arch}")
+    about = f"{target.title}{rules.with_sm(target)}, {target.arch}"
+    notes.decide("device", target.name, about, target.sources.get("sm", "facts/devices.yaml"))
     backend = rules.choose_backend(recipe, target, notes)
     for choice in chosen:
         notes.decide(choice.key, choice.value, choice.reason, backends()[backend].source)
