@@ -420,6 +420,7 @@ def test_openapi_describes_what_is_there(door: Gateway) -> None:
         schema = json.load(answer)
     body = schema["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert {"messages", "model", "temperature"} <= body["properties"].keys()
+    assert body["properties"]["model"]["enum"] == ["parrot"]
     assert "$ref" not in json.dumps(schema["paths"]["/v1/chat/completions"])
 
 

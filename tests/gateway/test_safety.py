@@ -7,6 +7,7 @@ import http.client
 import ipaddress
 import json
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -400,16 +401,18 @@ def metric_all_up(door: Gateway, count: int) -> bool:
     return sum(line.startswith("scalellm_gateway_triton_up{") and line.endswith(" 1.0") for line in lines) == count
 
 
+@pytest.mark.parametrize("knows", ["the tokenizer", "the recipe's repository"])
 def test_the_command_serves_until_it_is_told_to_stop_and_ends_well(
-    parrot: Path,
-    served: Served,
-    tmp_path: Path,
-    reference: Reference,
+    parrot: Path, served: Served, repository: Path, tmp_path: Path, reference: Reference, knows: str
 ) -> None:
     port, predict_port = unused_ports(2)
     triton = f"http://127.0.0.1:{served.http_port}"
-    command = [SCALELLM, "gateway", "--triton", triton, "--tokenizer", parrot, "--model-name", "parrot",
-               "--port", port, "--predict-port", predict_port, "--work", tmp_path]  # fmt: skip
+    model = ["--tokenizer", parrot, "--model-name", "parrot"]
+    if knows == "the recipe's repository":
+        shutil.copytree(repository, tmp_path / "tiny" / "repository")
+        model = ["--recipe", "tiny"]
+    command = [SCALELLM, "gateway", "--triton", triton, *model, "--port", port, "--predict-port", predict_port,
+               "--work", tmp_path]  # fmt: skip
     process = subprocess.Popen(
         [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
     )

@@ -35,11 +35,11 @@ def openai_app(service: Service) -> FastAPI:
     _add_state(app, service)
     doors = _Doors(service)
 
-    @app.post("/v1/chat/completions", openapi_extra=_takes(ChatBody), responses=_FAILURES)
+    @app.post("/v1/chat/completions", openapi_extra=_takes(ChatBody, service), responses=_FAILURES)
     async def chat_completions(http: Request) -> Response:
         return await service.visit(http, "chat", doors.chat)
 
-    @app.post("/v1/completions", openapi_extra=_takes(CompletionBody), responses=_FAILURES)
+    @app.post("/v1/completions", openapi_extra=_takes(CompletionBody, service), responses=_FAILURES)
     async def completions(http: Request) -> Response:
         return await service.visit(http, "completions", doors.completion)
 
@@ -89,7 +89,7 @@ def predict_app(service: Service) -> FastAPI:
     app = _app("scalellm /predict")
     doors = _Doors(service)
 
-    @app.post("/predict", openapi_extra=_takes(PredictBody), responses=_FAILURES)
+    @app.post("/predict", openapi_extra=_takes(PredictBody, service), responses=_FAILURES)
     async def predict(http: Request) -> Response:
         return await service.visit(http, "predict", doors.predict)
 
@@ -195,9 +195,11 @@ def _app(title: str) -> FastAPI:
     return app
 
 
-def _takes(body: type[Any]) -> dict[str, Any]:
+def _takes(body: type[Any], service: Service) -> dict[str, Any]:
     """The request's schema, for ``/openapi.json``: the body itself is read by us, whatever its Content-Type says."""
     schema = body.model_json_schema()
+    if "model" in schema["properties"]:
+        schema["properties"]["model"]["enum"] = [service.settings.model.name]
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(schema)}}}}
 
 
