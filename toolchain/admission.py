@@ -25,7 +25,7 @@ ENGINE = "tensorrt_llm/1/engine/"
 
 BOUND = "tensorrt_engine"
 """The backend whose engines run on one SM and with one release; the others read weights, not compiled code."""
-_NOT_BUILT = {"serve", "description", "per_device"}
+_NOT_BUILT = {"serve", "description", "per_device", "accept"}
 """Keys of a recipe that change nothing about what was built for one device."""
 
 

@@ -7,7 +7,7 @@ served by it before it was verified. ``advised``: it often loses quality. What a
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Protocol
 
 from toolchain.decisions import Notes
 from toolchain.device import Device
@@ -15,6 +15,22 @@ from toolchain.quantization import KvScheme, WeightScheme
 from toolchain.release import Release
 
 Gate = Literal["required", "advised"]
+
+
+class Judged(Protocol):
+    """The part of a plan that decides."""
+
+    @property
+    def release(self) -> Release | None: ...
+
+    @property
+    def backend(self) -> str: ...
+
+    @property
+    def device(self) -> Device: ...
+
+    @property
+    def weights(self) -> WeightScheme: ...
 
 
 def choose_gate(
@@ -31,3 +47,9 @@ def choose_gate(
         notes.decide("gate", "advised", reason, "TensorRT-LLM issues 967, 453, 1303")
         return "advised"
     return None
+
+
+def only_running_tells(plan: Judged) -> bool:
+    """Whether the engine's own kernels are what is doubted: its checkpoint says nothing of them."""
+    release = plan.release
+    return bool(release and release.rebuild_for(plan.backend, plan.device.sm, plan.weights.name))

@@ -240,6 +240,44 @@ class Cpu(Section):
     )
 
 
+class Accept(Section):
+    """How much quantization may change, and an engine may differ, before nobody is to be served by it.
+
+    The defaults are ours: looser than what 4 bits cost a 7B or 13B model, and far from what a wrong scale does.
+    """
+
+    perplexity_ratio: Annotated[float, Field(ge=1, le=100)] = Field(
+        default=1.1, description="Perplexity on held-out text, quantized over unquantized: at most this."
+    )
+    kl: Annotated[float, Field(gt=0, le=100)] = Field(
+        default=0.1,
+        description="KL divergence of the quantized model's next token from the unquantized one's, in nats a token: at "
+        "most this.",
+    )
+    top1_agreement: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.85, description="Share of tokens where both find the same one the likeliest: at least this."
+    )
+    greedy_agreement: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.95,
+        description="Of a running engine: share of the tokens that it gives where the checkpoint, computed on a CPU "
+        "after the same tokens, would give the same one: at least this.",
+    )
+
+    def failures(self, measures: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+        """What does not pass, in words; ``measures``: by the name of a key here, ``{"value": ..., "error": ...}``.
+
+        The number itself decides, not its error; a number that is none does not pass.
+        """
+        found = []
+        for name, limit in self.model_dump().items():
+            value = measures.get(name, {}).get("value", limit)
+            most = name in ("perplexity_ratio", "kl")
+            if value is None or not (value <= limit if most else value >= limit):
+                shown = "not a number" if value is None else f"{value:.4g}"
+                found.append(f"{name} is {shown}, and accept says {limit:g} at {'most' if most else 'least'}")
+        return found
+
+
 class Overrides(Section):
     """What a recipe says otherwise for one device. Keys that are not given stay as they are."""
 
@@ -297,6 +335,11 @@ class Recipe(Section):
         default=None,
         description="Memory of the device that others have, such as a desktop on it. Default: none.",
         examples=["600MiB"],
+    )
+    accept: Accept | None = Field(
+        default=None,
+        description="What scalellm verify must find before the engine serves. Default: the keys' own defaults, and "
+        "verifying is required only where the plan says so.",
     )
     serve: Serve = Field(default=Serve(), description="Where the server listens.")
     cpu: Cpu = Field(default=Cpu(), description="Settings of the openvino backend.")

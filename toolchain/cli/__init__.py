@@ -12,7 +12,7 @@ import sys
 import click
 
 from toolchain import __version__
-from toolchain.cli import choosing, doors, finding, making, serving
+from toolchain.cli import choosing, doors, finding, making, serving, verifying
 from toolchain.errors import ScalellmError
 
 
@@ -31,7 +31,7 @@ def verbs() -> None:
 
 for _verb in (
     *(choosing.init, choosing.plan, making.commands, making.quantize, making.convert, making.build, making.package),
-    *(serving.serve, serving.infer, doors.gateway, doors.conformance),
+    *(serving.serve, serving.infer, doors.gateway, doors.conformance, verifying.verify),
     *(finding.recipes, finding.inspect, finding.import_, finding.doctor, finding.completion),
 ):
     verbs.add_command(_verb)
@@ -39,7 +39,7 @@ for _verb in (
 
 def _interrupted(argv: list[str]) -> str:
     """What to say after Ctrl-C: for a verb that makes artifacts, the command that continues."""
-    if not {"quantize", "convert", "build", "package"} & set(argv[:1]):
+    if not {"quantize", "convert", "build", "package", "verify"} & set(argv[:1]):
         return "interrupted"
     return f"interrupted; finished work is kept. Continue with:\n  {shlex.join(['scalellm', *argv])}"
 

@@ -93,6 +93,10 @@ class Job:
         """What making the artifacts takes at the most."""
         return (*quantizer_peaks.peaks(self.plan), *build_peaks.peaks(self.plan))
 
+    def original(self) -> Checkpoint:
+        """The model that is quantized, downloaded or imported if need be."""
+        return self._model.opened()
+
     def states(self) -> list[State]:
         """What is fresh and what is stale, without making anything. Stale inputs make stale all that follows."""
         found: list[State] = []

@@ -22,6 +22,10 @@ Tap = Callable[[str, torch.Tensor], None]
 """Called with ``"self_attn.q_proj"`` (the first linear of each group of ``family.SHARED_INPUT``) and its input
 [rows, in]; with ``"k"`` and the keys after rotation, ``"v"`` and the values, both [samples, kv_heads, tokens, dim]."""
 
+Change = Callable[[str, torch.Tensor], torch.Tensor]
+"""Stands for what a kernel rounds: called with the name of each linear and its input [samples, tokens, in], and with
+``"k"`` and ``"v"`` as a ``Tap`` is. What it gives is computed with; it leaves what it is given as it is."""
+
 _QKV, _O, _MLP, _DOWN = (group[0] for group in family.SHARED_INPUT)
 
 
@@ -32,41 +36,52 @@ def embed(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def decoder_layer(
-    hidden: torch.Tensor, weights: Mapping[str, torch.Tensor], config: LlamaConfig, tap: Tap
+    hidden: torch.Tensor,
+    weights: Mapping[str, torch.Tensor],
+    config: LlamaConfig,
+    tap: Tap,
+    change: Change = lambda _name, x: x,
 ) -> torch.Tensor:
     """[samples, tokens, hidden] -> the same, after one decoder layer; every sample starts at position 0.
 
     ``weights``: by name within the layer (``"mlp.up_proj.weight"``, ``"input_layernorm.weight"``), all in the dtype of
-    ``hidden``; those of ``family.layer_tensors``.
+    ``hidden``; those of ``family.layer_tensors``. ``tap`` sees everything before ``change``.
     """
-    x = _norm(hidden, weights["input_layernorm.weight"], config.rms_norm_eps)
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        """[.., in] -> [.., out], with the bias [out] where the model has one."""
+        bias = weights[f"{name}.bias"] if name in config.biased else None
+        return functional.linear(change(name, x), weights[f"{name}.weight"], bias)
+
+    x = norm(hidden, weights["input_layernorm.weight"], config.rms_norm_eps)
     tap(_QKV, x.flatten(0, 1))
-    attended = _attention(x, weights, config, tap)
+    attended = _attention(x, linear, config, tap, change)
     tap(_O, attended.flatten(0, 1))
-    hidden = hidden + _linear(attended, weights, config, "self_attn.o_proj")
-    x = _norm(hidden, weights["post_attention_layernorm.weight"], config.rms_norm_eps)
+    hidden = hidden + linear(attended, "self_attn.o_proj")
+    x = norm(hidden, weights["post_attention_layernorm.weight"], config.rms_norm_eps)
     tap(_MLP, x.flatten(0, 1))
-    gate = functional.silu(_linear(x, weights, config, "mlp.gate_proj"))
-    x = gate.mul_(_linear(x, weights, config, "mlp.up_proj"))
+    gate = functional.silu(linear(x, "mlp.gate_proj"))
+    x = gate.mul_(linear(x, "mlp.up_proj"))
     tap(_DOWN, x.flatten(0, 1))
-    return hidden + _linear(x, weights, config, "mlp.down_proj")
+    return hidden + linear(x, "mlp.down_proj")
 
 
-def _linear(x: torch.Tensor, weights: Mapping[str, torch.Tensor], config: LlamaConfig, name: str) -> torch.Tensor:
-    """[.., in] -> [.., out], with the bias [out] where the model has one."""
-    return functional.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"] if name in config.biased else None)
-
-
-def _attention(x: torch.Tensor, weights: Mapping[str, torch.Tensor], config: LlamaConfig, tap: Tap) -> torch.Tensor:
+def _attention(
+    x: torch.Tensor,
+    linear: Callable[[torch.Tensor, str], torch.Tensor],
+    config: LlamaConfig,
+    tap: Tap,
+    change: Change,
+) -> torch.Tensor:
     samples, tokens, _ = x.shape
     query, key, value = (
-        _linear(x, weights, config, name).view(samples, tokens, -1, config.head_dim).transpose(1, 2)
-        for name in family.ATTENTION_IN
+        linear(x, name).view(samples, tokens, -1, config.head_dim).transpose(1, 2) for name in family.ATTENTION_IN
     )
     cos, sin = rotary(config, tokens, x.dtype, x.device)
     query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
     tap("k", key)
     tap("v", value)
+    key, value = change("k", key), change("v", value)
     grouped = config.num_kv_heads != config.num_heads
     mixed = functional.scaled_dot_product_attention(
         query, key, value, is_causal=tokens > 1, scale=config.head_dim**-0.5, enable_gqa=grouped
@@ -74,7 +89,8 @@ def _attention(x: torch.Tensor, weights: Mapping[str, torch.Tensor], config: Lla
     return mixed.transpose(1, 2).reshape(samples, tokens, -1)
 
 
-def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """[.., hidden] -> the same: divided by its root mean square, times ``weight`` [hidden]."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * wide.to(x.dtype)

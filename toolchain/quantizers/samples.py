@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,36 @@ def load_samples(
     too little text; ArtifactError for a folder without a tokenizer.
     """
     records, content = read_records(data)
+    source = "built-in conversations" if data == BUILTIN else data
+    return cut_rows(
+        records,
+        content,
+        tokenizer_folder,
+        samples=samples,
+        tokens=tokens,
+        chat_template=chat_template,
+        seed=seed,
+        source=source,
+        too_little=(f"calibration.data {data}", "calibration: {{samples: {}}}"),
+    )
+
+
+def cut_rows(
+    records: Sequence[Record],
+    content: str,
+    tokenizer_folder: Path,
+    *,
+    samples: int,
+    tokens: int,
+    chat_template: bool,
+    source: str,
+    too_little: tuple[str, str],
+    seed: int = 0,
+) -> Samples:
+    """``load_samples`` of records that are at hand; ``content`` is their sha256.
+
+    ``too_little``: what to call the data in the message, and how to ask for ``{}`` samples in its hint.
+    """
     order = list(range(len(records)))
     random.Random(seed).shuffle(order)
     encode = _encoder(tokenizer_folder, chat_template)
@@ -60,14 +90,15 @@ def load_samples(
             break
         ids += encode(records[place])
     if len(ids) < samples * tokens:
+        named, fewer = too_little
         raise PlanError(
-            f"calibration.data {data}: its text makes {len(ids) // tokens} of {samples} samples of {tokens} tokens",
-            hint="Give more text or fewer samples: calibration: {samples: " + f"{max(1, len(ids) // tokens)}}}",
+            f"{named}: its text makes {len(ids) // tokens} of {samples} samples of {tokens} tokens",
+            hint=f"Give more text or fewer samples: {fewer.format(max(1, len(ids) // tokens))}",
         )
     rows = np.array(ids[: samples * tokens], dtype=np.int32).reshape(samples, tokens)
     settings = {"samples": samples, "tokens": tokens, "chat_template": chat_template, "seed": seed}
     digest = hashlib.sha256(f"{content}\n{json.dumps(settings, sort_keys=True)}".encode()).hexdigest()
-    return Samples(rows, digest, "built-in conversations" if data == BUILTIN else data)
+    return Samples(rows, digest, source)
 
 
 def _encoder(folder: Path, chat_template: bool) -> Callable[[Record], list[int]]:

@@ -1,0 +1,145 @@
+"""The verb verify: what quantization changed, as a table, and whether the recipe accepts it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from toolchain.cli.flags import PATH, common, open_job, open_screen, place_flags, recipe_flags
+
+if TYPE_CHECKING:
+    from toolchain.console import Screen
+    from toolchain.pipeline.verifying import Judgment
+
+_SHOWN_LAYERS = 8
+
+
+@click.command()
+@recipe_flags
+@click.option("--device", "target", metavar="DEVICE", help="Of several devices that it was built for, this one.")
+@click.option(
+    "--text",
+    default="builtin",
+    show_default=True,
+    metavar="FILE|builtin|hf:ORG/NAME",
+    help="Text to measure on, that the model was not calibrated on; builtin: the reference of the Python language.",
+)
+@click.option("--samples", type=click.IntRange(1, 2**20), default=32, show_default=True, help="Rows of text.")
+@click.option("--tokens", type=click.IntRange(8, 2**20), default=512, show_default=True, help="Tokens in each row.")
+@click.option("--reference", type=PATH, metavar="DIR", help="The unquantized model, where the recipe's is quantized.")
+@place_flags()
+@common
+def verify(
+    recipe: str,
+    model: str | None,
+    work: Path,
+    target: str | None,
+    text: str,
+    samples: int,
+    tokens: int,
+    reference: Path | None,
+    json_output: bool,
+    verbose: int,
+    **place: Any,
+) -> None:
+    """Measure what quantization changed: the checkpoint against the unquantized model, on text that neither has seen.
+
+    Perplexity and its ratio, KL divergence and top-1 agreement of the next token, each with a standard error over the
+    rows of text; the cache of a TensorRT-LLM engine is simulated, layer by layer. One layer is in memory at a time, and
+    interrupted work continues. The exit code is 1 where the recipe's accept is not met; the verdict lies beside the
+    engine, and serve heeds it.
+
+    \b
+    Examples:
+      scalellm verify --recipe rtx4090
+      scalellm verify --recipe t4 --text chats.jsonl --samples 64 --max-ram 6GiB
+    """
+    from toolchain.pipeline import verifying
+
+    screen = open_screen(json_output, verbose)
+    job = open_job(screen, recipe, model, work, target=target, **place)
+    found = verifying.verify(job, text=text, samples=samples, tokens=tokens, reference=reference)
+    screen.emit(_document(found))
+    _show(screen, found)
+    sys.exit(0 if found.passed else 1)
+
+
+def _document(found: Judgment) -> dict[str, Any]:
+    shown = {key: value for key, value in vars(found).items() if key != "capacities"}
+    return {**shown, "capacities": [vars(one) for one in found.capacities]}
+
+
+def _show(screen: Screen, found: Judgment) -> None:
+    text = found.report["text"]
+    screen.table(
+        f"{text['sequences']} x {text['tokens']} tokens of {text['source']}",
+        ("model", "perplexity", "ratio", "KL (nats)", "same top-1"),
+        [
+            (_named(name, found.judged), *(_cell(one[key]) for key in _COLUMNS))
+            for name, one in found.report["models"].items()
+        ],
+    )
+    for kv, layers in found.report["caches"].items():
+        screen.say()
+        worst = sorted(layers, key=lambda one: -max(one["k_error"], one["v_error"]))[:_SHOWN_LAYERS]
+        worst.sort(key=lambda one: int(one["layer"]))
+        of = f"the worst {len(worst)} of {len(layers)} layers" if len(worst) < len(layers) else "all layers"
+        screen.table(
+            f"{kv} cache, {of}",
+            ("layer", "max |K|", "max |V|", "K / V", "scale", "error of K", "error of V", "clipped"),
+            list(_cache_rows(worst)),
+        )
+    if found.capacities:
+        screen.say()
+        screen.table(
+            "what each cache holds",
+            ("cache", "bytes a token", "tokens", "sequences at full length"),
+            [(one.kv, *map(_count, (one.bytes_per_token, one.tokens, one.sequences))) for one in found.capacities],
+        )
+    screen.say()
+    for line in (*found.failures, *found.advice):
+        screen.say(f"{'not accepted' if line in found.failures else 'try'}: {line}")
+    screen.say(f"{'accepted' if found.passed else 'not accepted'}: {found.summary}")
+    screen.say(f"report: {found.folder / 'report.json'}" + (f"   verdict: {found.verdict}" if found.verdict else ""))
+    for note in found.notes:
+        screen.note(f"note: {note}")
+
+
+_COLUMNS = ("perplexity", "perplexity_ratio", "kl", "top1_agreement")
+
+
+def _named(name: str, judged: str) -> str:
+    words = {"original": "original", "weights": "quantized"}.get(name, f"+ {name} cache")
+    return f"{words} *" if name == judged else words
+
+
+def _cell(measure: Mapping[str, float | None]) -> str:
+    value, error = measure["value"], measure["error"]
+    if value is None:
+        return "not a number"
+    digits = 2 if value >= 10 else 4
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def _count(number: int | None) -> str:
+    return "does not fit" if number is None else str(number)
+
+
+def _cache_rows(layers: list[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+    for one in layers:
+        ratio = "-" if one["k_to_v"] is None else f"{one['k_to_v']:.1f}"
+        errors = (f"{100 * one[f'{name}_error']:.2f} %" for name in ("k", "v"))
+        clipped = 100 * max(one["k_clipped"], one["v_clipped"])
+        yield (
+            str(one["layer"]),
+            f"{one['k_amax']:.2f}",
+            f"{one['v_amax']:.2f}",
+            ratio,
+            f"{one['scale']:.4g}",
+            *errors,
+            f"{clipped:.3f} %",
+        )
