@@ -12,7 +12,7 @@ import sys
 import click
 
 from toolchain import __version__
-from toolchain.cli import choosing, doors, finding, making, measuring, serving, verifying
+from toolchain.cli import choosing, doors, finding, making, measuring, money, serving, verifying
 from toolchain.errors import ScalellmError
 
 
@@ -31,7 +31,8 @@ def verbs() -> None:
 
 for _verb in (
     *(choosing.init, choosing.plan, making.commands, making.quantize, making.convert, making.build, making.package),
-    *(serving.serve, serving.infer, doors.gateway, doors.conformance, verifying.verify, measuring.bench),
+    *(serving.serve, serving.infer, doors.gateway, doors.conformance),
+    *(verifying.verify, measuring.bench, money.score),
     *(finding.recipes, finding.inspect, finding.import_, finding.doctor, finding.completion),
 ):
     verbs.add_command(_verb)

@@ -1,4 +1,4 @@
-"""The verbs that measure: bench with compare and schema, score."""
+"""The verbs that measure: bench, with compare and schema."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from toolchain.cli.flags import PATH, common, complete_recipe, open_screen, work
 if TYPE_CHECKING:
     from toolchain.console import Screen
     from toolchain.measuring.report import Report
+    from toolchain.measuring.statistics import Ratio
     from toolchain.stages.bench import Asked, Door, Load, Provenance
 
 _KINDS = ("triton-grpc", "triton-http", "openai-chat", "openai-completions", "predict")
@@ -227,3 +228,38 @@ def schema(json_output: bool, verbose: int) -> None:
     from toolchain.measuring.report import schema as made
 
     click.echo(json.dumps(made(), indent=2))
+
+
+@bench.command()
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+@common
+def compare(a: Path, b: Path, json_output: bool, verbose: int) -> None:
+    """Ratios of two reports, B over A, with 95 % bootstrap intervals; refused when they were not asked the same."""
+    from dataclasses import asdict
+
+    from toolchain.measuring.compare import compare as compared
+    from toolchain.measuring.report import read
+
+    screen = open_screen(json_output, verbose)
+    reports = read(a), read(b)
+    found = compared(*reports)
+    for one in found:
+        asked = one.conditions
+        rows = [
+            (line.quantity, _value(line.quantity, line.a), _value(line.quantity, line.b), *_ratio(line.ratio))
+            for line in one.lines
+        ]
+        title = f"{asked.input_tokens or 'mixed'} in, {asked.output_tokens or 'mixed'} out, {asked.load}"
+        screen.table(title, ("", f"A: {reports[0].title}", f"B: {reports[1].title}", "B / A", "95 %"), rows)
+    lines = [{"conditions": one.conditions.model_dump(), "lines": [asdict(x) for x in one.lines]} for one in found]
+    screen.emit({"a": str(a), "b": str(b), "runs": lines})
+
+
+def _value(quantity: str, value: float) -> str:
+    return f"{value:.1f}" if quantity.startswith("tokens") else _ms(value)
+
+
+def _ratio(ratio: Ratio) -> tuple[str, str]:
+    same = "" if ratio.differs else "   no difference shown"
+    return f"{ratio.value:.3f}", f"{ratio.low:.3f} to {ratio.high:.3f}{same}"
