@@ -377,7 +377,7 @@ def test_other_paths_and_methods_get_an_error_object(door: Gateway, path: str, c
 
 
 def test_every_request_has_an_id_and_a_line_in_the_log_without_its_text(door: Gateway) -> None:
-    body = json.dumps({"model": "parrot", "prompt": "my secret is 4711", "max_tokens": 3}).encode()
+    body = json.dumps({"model": "parrot", "prompt": "my secret is 4711", "max_tokens": 3, "min_tokens": 3}).encode()
     url = f"{door.url}/completions"
     _code, headers, _body = post(url, body, X_Request_Id="mine-1")
     assert headers["x-request-id"] == "mine-1"
