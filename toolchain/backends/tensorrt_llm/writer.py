@@ -75,7 +75,7 @@ def write(
                     for file, tensor in zip(files, parallel, strict=True):
                         file.write(tensor, checkpoint)
                         task.advance(tensor.nbytes)
-                    _release(parallel, checkpoint)
+                    checkpoint.release_all()
             hashes |= {name: file.sha256 for name, file in zip(names, files, strict=True)}
     for side in checkpoint.side_files:
         workspace.write_durably(out / side.name, side.read_bytes())
@@ -188,10 +188,3 @@ def _blocks(part: Slice | Restored, checkpoint: Checkpoint) -> Iterator[tuple[By
     step = max(1, _PIECE_BYTES // width)
     for row in range(first, last, step):
         yield rows[row : min(row + step, last), columns], row
-
-
-def _release(tensors: Sequence[Tensor], checkpoint: Checkpoint) -> None:
-    """Give the pages of what was read back to the system."""
-    sources = {part.source for tensor in tensors for part in tensor.parts if not isinstance(part, Constant)}
-    for source in sources:
-        checkpoint.release(source)
