@@ -184,30 +184,34 @@ def _loads(given: dict[str, Any]) -> list[Load]:
 
 
 def _show(screen: Screen, report: Report, out: Path) -> None:
-    """A table of the runs, their red flags, and where the report is."""
-    rows, shown = [], []
+    """A table of each run, by service and together, with its red flags, and where the report is."""
+    shown = []
     for run in report.runs:
         asked, services = run.conditions, run.conditions.services
-        many = [*range(services), None] if services > 1 else [None]
-        for service in many:
+        title = f"{asked.input_tokens or 'mixed'} tokens in, {asked.output_tokens or 'mixed'} out, {asked.load}"
+        for service in [None, *range(services)] if services > 1 else [None]:
             found = run.summary(service)
-            name = f"{asked.input_tokens or 'mixed'} in, {asked.output_tokens or 'mixed'} out, {asked.load}"
-            whose = "" if services == 1 else " all" if service is None else f" service {service + 1}"
-            rows.append((name + whose, *(_cell(found[key]) for key in ("ttft_s", "itl_s", "e2e_s")), _rates(found)))
-        shown.append({"conditions": asked.model_dump(), "summary": run.summary(), "flags": run.flags()})
-    columns = ("run", "TTFT p50 / p90 / p99", "ITL p50 / p90 / p99", "end to end", "throughput")
-    screen.table(f"{report.title} ({report.services[0].door})", columns, rows)
-    for run in report.runs:
+            whose = f", {asked.pattern}, {services} services" if services > 1 else ""
+            whose = whose if service is None else f", service {service + 1}"
+            rows = [(name, *_cells(found[key])) for name, key in _LATENCIES]
+            screen.table(title + whose, ("", "min", "p50", "p90", "p99", "max"), rows)
+            screen.say(_rates(found))
         for flag in run.flags():
-            screen.say(f"RED FLAG ({run.conditions.input_tokens or 'mixed'} in, {run.conditions.load}): {flag}")
+            screen.say(f"RED FLAG: {flag}")
         for reason, count in run.errors().items():
             screen.say(f"failed {count} times: {reason}")
+        screen.say()
+        shown.append({"conditions": asked.model_dump(), "summary": run.summary(), "flags": run.flags()})
     screen.say(f"Report: {out}")
     screen.emit({"report": str(out), "runs": shown})
 
 
-def _cell(found: dict[str, float] | None) -> str:
-    return "-" if found is None else " / ".join(_ms(found[name]) for name in ("p50", "p90", "p99"))
+_LATENCIES = (("time to first token", "ttft_s"), ("inter-token latency", "itl_s"), ("end to end", "e2e_s"))
+
+
+def _cells(found: dict[str, float] | None) -> list[str]:
+    names = ("min", "p50", "p90", "p99", "max")
+    return ["-" if found is None else _ms(found[name]) for name in names]
 
 
 def _ms(seconds: float) -> str:

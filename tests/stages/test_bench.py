@@ -1,0 +1,132 @@
+"""Promises of the stage and of the verb, against servers whose delays are known: runs, warm-up, services, red flags."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from tests.e2e.parrot import write_tokenizer
+from tests.measuring.slow_server import SlowServer, slow_server
+from toolchain.cli import verbs
+from toolchain.errors import EndpointError, RejectedError
+from toolchain.measuring.report import Report, read
+from toolchain.progress import Silent
+from toolchain.stages.bench import Asked, Door, Load, Provenance, Tokens, bench
+
+ONE = Load(kind="closed", concurrency=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(made)
+    return made
+
+
+def measured(folder: Path, servers: list[SlowServer], **asked: Any) -> Report:
+    doors = [Door("openai-completions", server.url, "slow") for server in servers]
+    settled = {"loads": (ONE,), "lengths": (64,), "output_tokens": 4, "requests": 3, "warmup": 1} | asked
+    return bench(doors, Asked(**settled), Tokens.load(folder), Provenance("slow"), Silent())
+
+
+def test_each_length_and_load_is_a_run_and_warm_up_is_not_in_it(folder: Path) -> None:
+    with slow_server() as server:
+        loads = (ONE, Load(kind="open", rate_per_s=200))
+        report = measured(folder, [server], lengths=(64, 96), loads=loads)
+    assert [(one.conditions.input_tokens, one.conditions.load) for one in report.runs] == [
+        (length, load) for length in (64, 96) for load in loads
+    ]
+    assert [len(one.requests) for one in report.runs] == [3] * 4
+    assert len(server.bodies) == 4 * (3 + 1)
+    warm, *asked = [body["prompt"] for body in server.bodies[:4]]
+    assert warm not in asked
+    assert report.services[0].server == {"version": "1.2.3"}
+
+
+def test_the_same_measurement_twice_has_the_same_conditions(folder: Path) -> None:
+    with slow_server() as server:
+        first, second = (measured(folder, [server]) for _ in range(2))
+    assert first.runs[0].conditions == second.runs[0].conditions
+
+
+@pytest.mark.parametrize("pattern", ["one-at-a-time", "staggered", "simultaneous"])
+def test_every_service_gets_every_request(folder: Path, pattern: str) -> None:
+    with slow_server() as a, slow_server() as b, slow_server() as c:
+        run = measured(folder, [a, b, c], pattern=pattern).runs[0]
+        assert [len(server.bodies) for server in (a, b, c)] == [4] * 3
+    assert [len(run.of(service)) for service in range(3)] == [3] * 3
+    assert run.conditions.services == 3
+    starts = [run.of(service)[0].scheduled_s for service in range(3)]
+    assert starts == sorted(starts)
+    assert (len(set(starts)) == 1) == (pattern == "simultaneous")
+
+
+def test_an_answer_that_is_not_as_long_as_asked_is_flagged(folder: Path) -> None:
+    """The words of this server are several tokens each."""
+    with slow_server() as server:
+        flags = measured(folder, [server], output_tokens=8).runs[0].flags()
+    assert any(flag.startswith("output_tokens: 8 claimed") for flag in flags)
+
+
+def test_a_service_that_answers_no_warm_up_ends_the_measurement(folder: Path) -> None:
+    with slow_server() as good, slow_server(fail_every=1) as bad:  # noqa: SIM117
+        with pytest.raises(EndpointError, match=r"not one warm-up request was answered: RejectedError: 503: too many"):
+            measured(folder, [good, bad])
+
+
+def test_a_prompt_that_leaves_no_answer_is_refused(folder: Path) -> None:
+    with pytest.raises(RejectedError, match="leaves nothing of 4096"):
+        measured(folder, [], lengths=(4096,), output_tokens=None)
+
+
+def verb(folder: Path, out: Path, server: SlowServer, *words: str) -> Result:
+    argv = ["--url", server.url, "--door", "openai-completions", "--tokenizer", str(folder), "--out", str(out)]
+    load = ["--lengths", "64", "--output-tokens", "4", "--requests", "3", "--warmup", "0"]
+    return CliRunner().invoke(verbs, ["bench", *argv, *load, *words])
+
+
+def test_the_verb_writes_the_report_and_shows_every_percentile(folder: Path, tmp_path: Path) -> None:
+    with slow_server() as server:
+        result = verb(folder, tmp_path / "a.json", server, "--concurrency", "1,2", "--api-key", "hidden-key")
+    assert result.exit_code == 0, result.output
+    assert all(word in result.output for word in ("time to first token", "min", "p50", "p90", "p99", "max"))
+    assert [run.conditions.load.concurrency for run in read(tmp_path / "a.json").runs] == [1, 2]
+    assert "hidden-key" not in (tmp_path / "a.json").read_text()
+
+
+def test_when_everything_fails_the_report_is_kept_and_the_verb_fails(folder: Path, tmp_path: Path) -> None:
+    with slow_server(fail_every=1) as server:
+        result = verb(folder, tmp_path / "a.json", server)
+    assert result.exit_code == 6
+    assert "failed 3 times: RejectedError: 503: too many" in result.output
+    assert read(tmp_path / "a.json").runs[0].summary()["failed"] == 3
+
+
+def test_two_reports_of_the_same_measurement_are_compared(folder: Path, tmp_path: Path) -> None:
+    with slow_server(first_s=0.01) as fast, slow_server(first_s=0.3) as slow:
+        for name, server in (("a.json", fast), ("b.json", slow)):
+            assert verb(folder, tmp_path / name, server).exit_code == 0
+    paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    result = CliRunner().invoke(verbs, ["bench", "compare", *paths, "--json"])
+    lines = {one["quantity"]: one for one in json.loads(result.stdout)["runs"][0]["lines"]}
+    assert lines["ttft_s p50"]["ratio"]["low"] > 1
+    assert "B / A" in CliRunner().invoke(verbs, ["bench", "compare", *paths]).output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--concurrency", "1.5"), "whole numbers"),
+        (("--rate", "fast"), "'fast' is not a number above 0"),
+        (("--extra", "[1]"), "a JSON object"),
+    ],
+)
+def test_typing_errors_are_named(folder: Path, tmp_path: Path, words: tuple[str, str], message: str) -> None:
+    with slow_server() as server:
+        result = verb(folder, tmp_path / "a.json", server, *words)
+    assert result.exit_code == 2
+    assert message in result.output
