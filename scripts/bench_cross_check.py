@@ -4,8 +4,10 @@
     scalellm serve --recipe tiny &
     python scripts/bench_cross_check.py --aiperf .venv-aiperf/bin/aiperf --tokenizer DIR
 
-Both post to ``generate_stream`` (AIPerf speaks no gRPC) and ask for exactly as many tokens. AIPerf counts ITL as we do:
-(end - first token) / (tokens - 1). Who goes first changes from round to round.
+Each gets role-play prompts of its own, of the same length, because a server that keeps prompts in its cache would
+answer the second instrument at once; ``--same-prompts`` is for a server without such a cache. Both post to
+``generate_stream`` (AIPerf speaks no gRPC) and ask for exactly as many tokens. AIPerf counts ITL as we do: (end -
+first token) / (tokens - 1). Who goes first changes from round to round.
 """
 
 from __future__ import annotations
@@ -72,6 +74,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--concurrency", type=int, default=1)
     parser.add_argument("--requests", type=int, default=20, help="in each round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--same-prompts", action="store_true", help="the server keeps no prompts in a cache")
     return parser.parse_args()
 
 
@@ -85,10 +88,10 @@ def main() -> None:
     found: dict[str, Times] = {who: {"ttft": [], "itl": []} for who in ("ours", "aiperf")}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(given.rounds):
-            file = Path(folder) / f"{number}.jsonl"
-            many = given.requests + WARMUP
-            write(file, roleplay(tokens.of_prompt, given.length, many, given.output_tokens, seed=number))
             for who in ("ours", "aiperf") if number % 2 == 0 else ("aiperf", "ours"):
+                file = Path(folder) / f"{number}-{who}.jsonl"
+                seed = f"{number}" if given.same_prompts else f"{number} {who}"
+                write(file, roleplay(tokens.of_prompt, given.length, given.requests + WARMUP, 1, seed=seed))
                 times = ours(given, tokens, file) if who == "ours" else theirs(given, file, Path(folder) / str(number))
                 for name, values in times.items():
                     found[who][name] += values

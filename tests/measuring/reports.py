@@ -17,6 +17,7 @@ def made_run(*, ttfts: Sequence[float], itl_s: float, failed: Sequence[str] = ()
     settled = {
         "prompt_set": "roleplay",
         "prompts_sha256": "00",
+        "distinct_prompts": conditions.get("requests", len(ttfts)),
         "input_tokens": 512,
         "output_tokens": OUTPUT,
         "pattern": "simultaneous",

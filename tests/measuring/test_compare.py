@@ -57,6 +57,14 @@ def test_unlike_conditions_are_refused_by_name(other: dict[str, Any], reason: st
         compare(a, b)
 
 
+def test_other_prompts_are_allowed_on_request_only_for_role_play() -> None:
+    a, b = (made_report(made_run(ttfts=TTFTS, itl_s=0.01, prompts_sha256=one)) for one in ("00", "ff"))
+    assert compare(a, b, other_prompts=True)
+    own = [made_report(made_run(ttfts=TTFTS, itl_s=0.01, prompts_sha256=one, prompt_set="my.jsonl")) for one in "ab"]
+    with pytest.raises(RejectedError, match="prompts_sha256"):
+        compare(*own, other_prompts=True)
+
+
 def test_simulated_and_measured_are_not_compared() -> None:
     run = made_run(ttfts=TTFTS, itl_s=0.01)
     with pytest.raises(RejectedError, match="simulated: False in A, True in B"):

@@ -80,6 +80,13 @@ def test_what_is_not_as_claimed_is_flagged(changes: dict[str, Any], flag: str) -
     assert any(flag in one for one in moved.flags()), moved.flags()
 
 
+def test_repeated_prompts_are_flagged() -> None:
+    flags = made_run(ttfts=[0.1, 0.2], itl_s=0.01, distinct_prompts=1).flags()
+    assert flags == [
+        "only 1 different prompts for 2 requests: a server that keeps prompts in its cache answers a known one sooner"
+    ]
+
+
 def test_services_are_summed_up_by_themselves_and_together() -> None:
     run = made_run(ttfts=[0.1, 0.2, 0.3, 0.4], itl_s=0.01, services=2)
     raw = json.loads(to_json(made_report(run)))["runs"][0]

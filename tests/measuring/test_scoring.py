@@ -89,6 +89,25 @@ def test_the_persons_table_has_the_inputs(tmp_path: Path) -> None:
         assert word in text
 
 
+def test_bars_are_as_long_as_the_scores_and_titles_are_no_markup(tmp_path: Path) -> None:
+    from xml.etree import ElementTree
+
+    reports = {
+        "a.json": made_report(made_run(ttfts=FAST, itl_s=0.01), title="<ours> & more"),
+        "b.json": made_report(made_run(ttfts=[0.4] * 10, itl_s=0.01), title="slow"),
+        "c.json": made_report(made_run(ttfts=[2.0] * 10, itl_s=0.01), title="too slow"),
+    }
+    words = ("--price", "1", "--vendor", "Ours", "--threshold", "1s", "--plot", str(tmp_path / "bars.svg"))
+    assert score(tmp_path, reports, *words).exit_code == 0
+    drawn = ElementTree.parse(tmp_path / "bars.svg").getroot()
+    bars = [one for one in drawn.iter("{http://www.w3.org/2000/svg}rect") if one.get("rx")]
+    widths = [float(bar.get("width") or 0) for bar in bars]
+    assert widths[1] / widths[0] == pytest.approx(1 / 4, abs=0.01)
+    assert widths[2] == 0
+    said = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert "<ours> & more" in said
+
+
 OTHER = made_run(ttfts=FAST, itl_s=0.01)
 
 

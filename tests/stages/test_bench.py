@@ -44,6 +44,8 @@ def test_each_length_and_load_is_a_run_and_warm_up_is_not_in_it(folder: Path) ->
     assert len(server.bodies) == 4 * (3 + 1)
     warm, *asked = [body["prompt"] for body in server.bodies[:4]]
     assert warm not in asked
+    prompts = [body["prompt"] for body in server.bodies]
+    assert len(set(prompts)) == len(prompts)  # a cache of prompts must not help any run
     assert report.services[0].server == {"version": "1.2.3"}
 
 
@@ -70,6 +72,17 @@ def test_an_answer_that_is_not_as_long_as_asked_is_flagged(folder: Path) -> None
     with slow_server() as server:
         flags = measured(folder, [server], output_tokens=8).runs[0].flags()
     assert any(flag.startswith("output_tokens: 8 claimed") for flag in flags)
+
+
+def test_a_file_is_read_on_from_run_to_run(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"prompt {number}"}) + "\n" for number in range(6)))
+    loads = (ONE, Load(kind="closed", concurrency=1, seed=1))
+    with slow_server() as server:
+        report = measured(folder, [server], file=file, loads=loads)
+    numbers = [int(body["prompt"].split()[1]) for body in server.bodies]
+    assert numbers == [0, 1, 2, 3, 4, 5, 0, 1]
+    assert not any("different prompts" in flag for run in report.runs for flag in run.flags())
 
 
 def test_a_service_that_answers_no_warm_up_ends_the_measurement(folder: Path) -> None:

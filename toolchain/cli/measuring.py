@@ -64,7 +64,13 @@ def _numbers(_ctx: click.Context, param: click.Parameter, text: str | None) -> t
 @click.option("--stagger", "stagger_s", type=float, metavar="SECONDS", help="Between services that are staggered.")
 @click.option("--requests", type=_RUN_LIMIT, default=30, show_default=True, help="For each service and run.")
 @click.option("--warmup", type=click.IntRange(0, 1000), default=3, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and arrival times.")
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Of prompts and arrival times. Change it to measure a server again that keeps prompts in its cache.",
+)
 @click.option("--extra", default="", metavar="JSON", help="More fields of an HTTP request's body.")
 @click.option("--api-key", envvar="SCALELLM_BENCH_KEY", default="", help="Sent as a bearer token, and never written.")
 @click.option("--title", help="What the report is called. [default: the recipe's name, or the address]")
@@ -237,8 +243,13 @@ def schema(json_output: bool, verbose: int) -> None:
 @bench.command()
 @click.argument("a", type=PATH)
 @click.argument("b", type=PATH)
+@click.option(
+    "--other-prompts",
+    is_flag=True,
+    help="Role-play prompts of the same lengths may be of another --seed: for one server that was measured twice.",
+)
 @common
-def compare(a: Path, b: Path, json_output: bool, verbose: int) -> None:
+def compare(a: Path, b: Path, other_prompts: bool, json_output: bool, verbose: int) -> None:
     """Ratios of two reports, B over A, with 95 % bootstrap intervals; refused when they were not asked the same."""
     from dataclasses import asdict
 
@@ -247,7 +258,7 @@ def compare(a: Path, b: Path, json_output: bool, verbose: int) -> None:
 
     screen = open_screen(json_output, verbose)
     reports = read(a), read(b)
-    found = compared(*reports)
+    found = compared(*reports, other_prompts=other_prompts)
     for one in found:
         asked = one.conditions
         rows = [

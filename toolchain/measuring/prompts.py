@@ -76,7 +76,7 @@ class Tokens:
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def roleplay(count: Count, length: int, number: int, max_tokens: int, *, seed: int = 0) -> list[Prompt]:
+def roleplay(count: Count, length: int, number: int, max_tokens: int, *, seed: object = 0) -> list[Prompt]:
     """``number`` different prompts of exactly ``length`` tokens. RejectedError where the tokenizer allows none."""
     return [
         Prompt(_exactly(count, length, random.Random(f"{seed} {length} {index}"), index), length, max_tokens)

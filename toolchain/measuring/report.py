@@ -80,6 +80,7 @@ class Conditions(_Model):
 
     prompt_set: str = Field(description="roleplay, or the format and name of the user's file.")
     prompts_sha256: str = Field(description="Of all prompts with what was asked of each.")
+    distinct_prompts: int = Field(description="How many different prompts each service got.")
     input_tokens: int | None = Field(
         description="The claimed length of every prompt; None for prompts of many lengths."
     )
@@ -151,6 +152,11 @@ class Run(_Model):
         if late > LATE_S:
             found.append(
                 f"a request was sent {late * 1000:.0f} ms late: this client was too slow, or all its slots busy"
+            )
+        if asked.distinct_prompts < asked.requests:
+            found.append(
+                f"only {asked.distinct_prompts} different prompts for {asked.requests} requests: "
+                "a server that keeps prompts in its cache answers a known one sooner"
             )
         if not asked.streaming:
             found.append("not streamed: there is no time to first token")

@@ -64,9 +64,10 @@ def bench(doors: Sequence[Door], asked: Asked, tokens: Tokens, known: Provenance
     """Raises EndpointError when a service is not there or answers no warm-up request; later failures are recorded."""
     for one in asked.loads:
         load.check(Task((), one, asked.pattern, asked.requests))
-    sets = [_prompts(asked, tokens, length) for length in (asked.lengths if asked.file is None else (0,))]
+    lengths = asked.lengths if asked.file is None else (0,)
+    sets = [(one, _prompts(asked, tokens, length, at)) for length in lengths for at, one in enumerate(asked.loads)]
     services = tuple(Service(door=door.kind, url=door.url, model=door.model, server=door.about()) for door in doors)
-    runs = [_run(doors, asked, one, made, tokens, progress) for made in sets for one in asked.loads]
+    runs = [_run(doors, asked, one, made, tokens, progress) for one, made in sets]
     return Report(
         title=known.title,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -80,25 +81,28 @@ def bench(doors: Sequence[Door], asked: Asked, tokens: Tokens, known: Provenance
     )
 
 
-def _prompts(asked: Asked, tokens: Tokens, length: int) -> list[Prompt]:
-    """The prompts of a run: ``warmup`` of them first, then those that are measured."""
+def _prompts(asked: Asked, tokens: Tokens, length: int, run: int) -> list[Prompt]:
+    """The prompts of a run: ``warmup`` of them first, then those that are measured.
+
+    No run has a prompt of another: a server that keeps the cache of prompts would answer a known one at once. A file's
+    prompts are taken on from where the run before ended, and from its beginning again when it is at its end.
+    """
     number = asked.warmup + asked.requests
     if asked.file is not None:
-        return prompts.from_file(asked.file, tokens.of_prompt, asked.output_tokens, number)
+        found = prompts.from_file(asked.file, tokens.of_prompt, asked.output_tokens, number * (run + 1))
+        return [found[(run * number + index) % len(found)] for index in range(number)]
     output = asked.output_tokens or prompts.TOTAL - length
     if output < 1:
         raise RejectedError(
             f"a prompt of {length} tokens leaves nothing of {prompts.TOTAL} for an answer", hint="--output-tokens N"
         )
-    return prompts.roleplay(tokens.of_prompt, length, number, output, seed=asked.seed)
+    return prompts.roleplay(tokens.of_prompt, length, number, output, seed=f"{asked.seed} {run}")
 
 
 def _run(
     doors: Sequence[Door], asked: Asked, one: Load, made: Sequence[Prompt], tokens: Tokens, progress: Progress
 ) -> Run:
     first, measured = made[: asked.warmup], made[asked.warmup :]
-    if not measured:  # a file shorter than the warm-up
-        measured = made
     task = Task(measured, one, asked.pattern, asked.requests)
     size = report.lengths([prompt.input_tokens for prompt in measured])
     with progress.task(
@@ -110,6 +114,7 @@ def _run(
     conditions = Conditions(
         prompt_set="roleplay" if asked.file is None else asked.file.name,
         prompts_sha256=prompts.digest(measured),
+        distinct_prompts=len({prompt.text for prompt in measured}),
         input_tokens=size,
         output_tokens=report.lengths([prompt.max_tokens for prompt in measured]),
         load=one,
