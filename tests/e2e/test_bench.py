@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from tests.e2e.parrot import write_parrot
+from toolchain.endpoint import Endpoint
+from toolchain.measuring.prompts import Tokens, roleplay
 from toolchain.progress import Silent
 from toolchain.servers.triton.ports import free_ports
 from toolchain.servers.triton.supervisor import ServingInfo
@@ -71,6 +73,15 @@ def test_bench_measures_the_real_triton(served: ServingInfo, folder: Path, root:
     assert report["engine"]["backend"] == "openvino"
     assert report["recipe"] == (folder / "small.yaml").read_text()
     assert report["services"][0]["server"]["name"] == "triton"
+
+
+def test_the_server_counts_as_many_tokens_in_our_prompts_as_we_claim(served: ServingInfo, folder: Path) -> None:
+    count = Tokens.load(folder / "parrot").of_prompt
+    door = Endpoint(served.http_url, served.grpc_url)
+    for length in (33, 200):
+        prompt = roleplay(count, length, 1, 2)[0].text
+        chunks = list(door.generate(prompt, max_tokens=2, protocol="grpc", return_num_input_tokens=True))
+        assert {chunk.outputs["num_input_tokens"] for chunk in chunks if chunk.outputs} == {length}
 
 
 def test_what_the_server_refuses_is_counted(served: ServingInfo, folder: Path, root: Path) -> None:

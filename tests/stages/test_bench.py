@@ -111,6 +111,16 @@ def test_the_verb_writes_the_report_and_shows_every_percentile(folder: Path, tmp
     assert "hidden-key" not in (tmp_path / "a.json").read_text()
 
 
+def test_a_recipes_services_are_asked_where_serve_puts_them(tmp_path: Path) -> None:
+    from toolchain.cli.measuring import _urls
+
+    recipe = tmp_path / "three.yaml"
+    recipe.write_text("model: m\ndevice: a100\nservices: 3\nserve: {host: 0.0.0.0, http_port: 9000, grpc_port: 9001}\n")
+    assert _urls("triton-grpc", str(recipe)) == ["127.0.0.1:9001", "127.0.0.1:9011", "127.0.0.1:9021"]
+    assert _urls("triton-http", str(recipe))[2] == "http://127.0.0.1:9020"
+    assert _urls("openai-chat", str(recipe)) == []
+
+
 def test_when_everything_fails_the_report_is_kept_and_the_verb_fails(folder: Path, tmp_path: Path) -> None:
     with slow_server(fail_every=1) as server:
         result = verb(folder, tmp_path / "a.json", server)

@@ -37,7 +37,7 @@ def _numbers(_ctx: click.Context, param: click.Parameter, text: str | None) -> t
 
 
 @click.group(invoke_without_command=True)
-@click.option("--url", "urls", multiple=True, help="Where a service is; several times for several services of one GPU.")
+@click.option("--url", "urls", multiple=True, help="Where a service is, one --url each. [default: the recipe's]")
 @click.option("--door", type=click.Choice(_KINDS), default="triton-grpc", show_default=True, help="How to ask it.")
 @click.option("--name", help="The model's name there. [default: tensorrt_llm_bls, or OpenAI's first]")
 @click.option("--tokenizer", type=PATH, metavar="DIR", help="The model's folder. [default: the recipe's engine]")
@@ -139,7 +139,7 @@ def _doors(given: dict[str, Any]) -> list[Door]:
     from toolchain.stages.bench import Door
 
     kind = given["door"]
-    urls = given["urls"] or ([_URLS[kind]] if kind in _URLS else [])
+    urls = given["urls"] or _urls(kind, given["recipe"])
     if not urls:
         raise click.UsageError(f"Say where the service is: --url http://127.0.0.1:8080/v1 --door {kind}")
     try:
@@ -161,6 +161,20 @@ def _doors(given: dict[str, Any]) -> list[Door]:
         )
         for url in urls
     ]
+
+
+def _urls(kind: str, recipe: str | None) -> list[str]:
+    """Where `serve` puts a recipe's services, or Triton and /predict by default; empty for others."""
+    from toolchain.recipe import load_recipe
+    from toolchain.stages.serve import Ports, ports_of
+
+    if not recipe or not kind.startswith("triton"):
+        return [_URLS[kind]] if kind in _URLS else []
+    loaded = load_recipe(recipe)
+    where = loaded.serve
+    host = "127.0.0.1" if where.host == "0.0.0.0" else where.host
+    places = ports_of(Ports(where.http_port, where.grpc_port, where.metrics_port), loaded.services)
+    return [f"{host}:{one.grpc}" if kind == "triton-grpc" else f"http://{host}:{one.http}" for one in places]
 
 
 def _asked(given: dict[str, Any]) -> Asked:

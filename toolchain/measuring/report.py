@@ -24,6 +24,8 @@ LENGTH_TOLERANCE = 0.02
 LATE_S = 0.01
 """An instrument that sends later than this measures itself."""
 
+_HERE = "\u0001 requests "
+
 Pattern = Literal["one-at-a-time", "staggered", "simultaneous"]
 
 
@@ -195,7 +197,14 @@ def to_json(report: Report) -> str:
         shown["flags"] = run.flags()
         shown["summary"] = run.summary()
         shown["summary_by_service"] = [run.summary(number) for number in range(services)]
-    return json.dumps(raw, indent=1, ensure_ascii=False) + "\n"
+    each = [run.pop("requests") for run in raw["runs"]]
+    for number, run in enumerate(raw["runs"]):
+        run["requests"] = f"{_HERE}{number}"
+    text = json.dumps(raw, indent=1, ensure_ascii=False)
+    for number, requests in enumerate(each):  # a line each, or a long answer's arrivals would be a page each
+        lines = ",\n".join("    " + json.dumps(one, ensure_ascii=False) for one in requests)
+        text = text.replace(json.dumps(f"{_HERE}{number}"), f"[\n{lines}\n   ]", 1)
+    return text + "\n"
 
 
 def write(report: Report, path: Path) -> None:
