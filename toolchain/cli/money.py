@@ -167,7 +167,7 @@ def _show(screen: Screen, rows: list[Row]) -> None:
 
 
 def _show_published(screen: Screen, rows: list[dict[str, Any]], source: str) -> None:
-    told = [(one["title"], f"{one['score']:.3f}", f"{one['latency_x_price']:.4f} s x $/h", one["note"]) for one in rows]
+    told = [(one["title"], f"{one['score']:.3f}", f"{one['latency_x_price']:.4f} s x $/h") for one in rows]
     screen.say()
-    screen.table(f"published: {source}", ("row", "score", "latency x price"), told)
-    screen.say("published, not measured; neither latencies nor prices are told")
+    screen.table("published, not measured", ("row", "score", "latency x price"), told)
+    screen.say(f"from {source}, which tells neither latencies nor prices")
