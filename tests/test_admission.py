@@ -207,6 +207,27 @@ class TestGate:
             ("its answers were not verified, which is advised for this engine",)
         )
 
+    def test_accept_in_the_recipe_requires_a_verdict_too(self, path: Path, tmp_path: Path) -> None:
+        text = TEXT + "accept: {kl: 0.01}\n"
+        repository = repository_of(tmp_path / "one", text=text)
+        for request in (asked(text), Asked()):
+            with pytest.raises(RejectedError, match="never verified, and accept in the recipe requires that") as caught:
+                admit(repository, request)
+            assert "scalellm verify --recipe parrot" in caught.value.hint
+        self.verdict(repository, passed=True)
+        assert admit(repository, asked(text)).unverified == ""
+
+    def test_a_recipe_that_accepts_less_than_what_was_found_closes_it_again(self, path: Path, tmp_path: Path) -> None:
+        repository = repository_of(tmp_path / "one")
+        engine = repository.parent / "engine"
+        digest = accuracy.digest_of(workspace.require(engine, "engine").files)
+        part = {"passed": True, "summary": "", "measures": {"kl": {"value": 0.02, "error": 0.001}}}
+        accuracy.write_verdict(engine, digest, passed=True, summary="fine", measured={"weights": part})
+        assert admit(repository, asked(TEXT + "accept: {kl: 0.03}\n")).unverified == ""
+        strict = asked(TEXT + "accept: {kl: 0.01}\n")
+        with pytest.raises(RejectedError, match=r"accepts less now: kl is 0\.02, and accept says 0\.01 at most"):
+            admit(repository, strict)
+
     def test_the_verdict_on_another_engine_says_nothing(self, required: Path, repository: Path) -> None:
         self.verdict(repository, passed=True)  # lies in another folder, on another engine
         for file in repository.parent.glob("accuracy-*"):

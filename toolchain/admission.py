@@ -17,7 +17,7 @@ from toolchain.checkpoint import read_json
 from toolchain.engine import PASSPORT, Passport
 from toolchain.engine_config import EngineConfig
 from toolchain.errors import ArtifactError, RecipeError, RejectedError
-from toolchain.recipe import Recipe, parse_recipe
+from toolchain.recipe import Accept, Recipe, parse_recipe
 from toolchain.variant import for_device
 
 ENGINE = "tensorrt_llm/1/engine/"
@@ -74,7 +74,7 @@ def admit(repository: Path, asked: Asked, environ: Mapping[str, str] = os.enviro
         if asked.own_tensorrt_llm:
             _same_release(repository, passport, asked, environ)
     verdict = accuracy.read_verdict(repository, accuracy.digest_of(stamp.files, ENGINE)) if stamp else None
-    return _verified(repository, passport, verdict, asked)
+    return _verified(repository, passport, verdict, asked, _accept(stamp, asked))
 
 
 def passport_of(repository: Path) -> Passport | None:
@@ -146,22 +146,50 @@ def _same_release(repository: Path, passport: Passport, asked: Asked, environ: M
     )
 
 
-def _verified(repository: Path, passport: Passport, verdict: accuracy.Verdict | None, asked: Asked) -> Admission:
-    """The gate: a bad verdict always closes it, none does where the plan asked for one."""
-    if verdict is not None and verdict.passed:
-        return Admission((f"verified {verdict.made}: {verdict.summary}",))
-    if verdict is None and passport.gate != "required":
+def _accept(stamp: workspace.Stamp | None, asked: Asked) -> Accept | None:
+    """What the recipe that is named now, or else the one that was built, wants to be found first."""
+    if asked.recipe is not None:
+        return asked.recipe.accept
+    try:
+        return parse_recipe(stamp.recipe, Path("recipe.yaml")).accept if stamp and stamp.recipe else None
+    except RecipeError:  # of another scalellm
+        return None
+
+
+def _verified(
+    repository: Path, passport: Passport, verdict: accuracy.Verdict | None, asked: Asked, accept: Accept | None
+) -> Admission:
+    """The gate: a bad verdict always closes it, none does where the plan or the recipe asked for one."""
+    why, reason = _doubt(passport, verdict, accept)
+    if not why:
+        if verdict is not None:
+            return Admission((f"verified {verdict.made}: {verdict.summary}",))
         advice = "its answers were not verified, which is advised for this engine"
         return Admission(tuple(_advised(passport, advice)))
-    why = f"its answers were found wrong: {verdict.summary}" if verdict else "its answers were never verified"
     if not asked.allow_unverified:
-        reason = f", and the plan of {passport.recipe} requires that" if verdict is None else ""
+        device = f" --device {asked.target}" if asked.target else ""
+        command = f"scalellm verify --recipe {asked.spoken or passport.recipe}{device}"
         raise RejectedError(
             f"{repository}: {why}{reason} ({passport.weights} weights on {passport.device})",
-            hint="Compare its answers with those of the quantized checkpoint on a CPU first.\n"
-            "Or serve it for that comparison only: --allow-unverified",
+            hint=f"{command}   # what quantization changed\n"
+            f"{command} --endpoint http://HOST:PORT   # what the running engine answers\n"
+            "To serve it for that comparison only: --allow-unverified",
         )
     return Admission((f"--allow-unverified: {why}. Let nobody rely on them.",), why)
+
+
+def _doubt(passport: Passport, verdict: accuracy.Verdict | None, accept: Accept | None) -> tuple[str, str]:
+    """Why its answers are not to be trusted, and who says so; empty where nothing speaks against them."""
+    if verdict is None:
+        if passport.gate == "required":
+            return "its answers were never verified", f", and the plan of {passport.recipe} requires that"
+        required = ", and accept in the recipe requires that"
+        return ("its answers were never verified", required) if accept else ("", "")
+    if not verdict.passed:
+        return f"its answers were found wrong: {verdict.summary}", ""
+    parts = [part for part in verdict.measured.values() if isinstance(part, dict)]
+    failures = [one for part in parts for one in accept.failures(part.get("measures", {}))] if accept else []
+    return ("it was verified, and the recipe accepts less now: " + "; ".join(failures), "") if failures else ("", "")
 
 
 def _advised(passport: Passport, text: str) -> Iterator[str]:
