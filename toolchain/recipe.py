@@ -258,7 +258,7 @@ class Accept(Section):
         default=0.85, description="Share of tokens where both find the same one the likeliest: at least this."
     )
     greedy_agreement: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.95,
+        default=0.9,
         description="Of a running engine: share of the tokens that it gives where the checkpoint, computed on a CPU "
         "after the same tokens, would give the same one: at least this.",
     )

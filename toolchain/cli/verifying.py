@@ -13,7 +13,7 @@ from toolchain.cli.flags import PATH, common, open_job, open_screen, place_flags
 
 if TYPE_CHECKING:
     from toolchain.console import Screen
-    from toolchain.pipeline.verifying import Judgment
+    from toolchain.pipeline.verifying import Answers, Judgment
 
 _SHOWN_LAYERS = 8
 
@@ -31,6 +31,10 @@ _SHOWN_LAYERS = 8
 @click.option("--samples", type=click.IntRange(1, 2**20), default=32, show_default=True, help="Rows of text.")
 @click.option("--tokens", type=click.IntRange(8, 2**20), default=512, show_default=True, help="Tokens in each row.")
 @click.option("--reference", type=PATH, metavar="DIR", help="The unquantized model, where the recipe's is quantized.")
+@click.option(
+    "--endpoint", metavar="URL", help="Ask the engine that runs there, such as http://127.0.0.1:8000, instead."
+)
+@click.option("--triton-model", default="tensorrt_llm_bls", show_default=True, help="With --endpoint: whom to ask.")
 @place_flags()
 @common
 def verify(
@@ -42,6 +46,8 @@ def verify(
     samples: int,
     tokens: int,
     reference: Path | None,
+    endpoint: str | None,
+    triton_model: str,
     json_output: bool,
     verbose: int,
     **place: Any,
@@ -50,18 +56,29 @@ def verify(
 
     Perplexity and its ratio, KL divergence and top-1 agreement of the next token, each with a standard error over the
     rows of text; the cache of a TensorRT-LLM engine is simulated, layer by layer. One layer is in memory at a time, and
-    interrupted work continues. The exit code is 1 where the recipe's accept is not met; the verdict lies beside the
-    engine, and serve heeds it.
+    interrupted work continues. With --endpoint, greedy answers of a running engine are held against the checkpoint that
+    it was built from, token by token: that shows wrong kernels, which weights do not.
+
+    The exit code is 1 where the recipe's accept is not met; the verdict lies beside the engine, and serve heeds it.
 
     \b
     Examples:
       scalellm verify --recipe rtx4090
       scalellm verify --recipe t4 --text chats.jsonl --samples 64 --max-ram 6GiB
+      scalellm verify --recipe tiny --endpoint http://127.0.0.1:8000 --tokens 128
     """
     from toolchain.pipeline import verifying
 
     screen = open_screen(json_output, verbose)
     job = open_job(screen, recipe, model, work, target=target, **place)
+    if endpoint:
+        from toolchain.endpoint import Endpoint
+
+        asked = Endpoint(endpoint, "", model=triton_model)
+        answers = verifying.verify_endpoint(job, asked, text=text, samples=samples, tokens=tokens)
+        screen.emit(vars(answers))
+        _show_answers(screen, answers)
+        sys.exit(0 if answers.passed else 1)
     found = verifying.verify(job, text=text, samples=samples, tokens=tokens, reference=reference)
     screen.emit(_document(found))
     _show(screen, found)
@@ -108,6 +125,29 @@ def _show(screen: Screen, found: Judgment) -> None:
     for note in found.notes:
         screen.note(f"note: {note}")
 
+
+def _show_answers(screen: Screen, found: Answers) -> None:
+    measures = found.report["measures"]
+    screen.table(
+        f"{len(found.report['answers'])} greedy answers against the checkpoint's own forward pass",
+        ("measure", "found", "what it is"),
+        [(name, _cell(one), _MEANINGS[name]) for name, one in measures.items()],
+    )
+    screen.say()
+    for line in found.failures:
+        screen.say(f"not accepted: {line}")
+    screen.say(f"{'accepted' if found.passed else 'not accepted'}: {found.summary}")
+    screen.say(f"report: {found.file}" + (f"   verdict: {found.verdict}" if found.verdict else ""))
+    for note in found.notes:
+        screen.note(f"note: {note}")
+
+
+_MEANINGS = {
+    "greedy_agreement": "share of tokens that the checkpoint would give too",
+    "agreement_length": "tokens before the first other one",
+    "regret": "nats a token by which the checkpoint prefers its own choice",
+    "log_prob_error": "nats a token between the log-probabilities of both",
+}
 
 _COLUMNS = ("perplexity", "perplexity_ratio", "kl", "top1_agreement")
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from toolchain import __version__, accuracy, workspace
 from toolchain.checkpoint import Checkpoint, read_json
+from toolchain.endpoint import Endpoint
 from toolchain.engine import Engine
 from toolchain.errors import ArtifactError, PlanError
 from toolchain.gate import only_running_tells
@@ -22,6 +23,7 @@ from toolchain.pipeline.state import state_of
 from toolchain.plan import Plan, make_plan
 from toolchain.quality.held_out import held_out_rows
 from toolchain.quantization import KV
+from toolchain.quantizers.samples import open_tokenizer
 from toolchain.recipe import Accept
 from toolchain.stages import verify as stage
 
@@ -105,6 +107,88 @@ def verify(job: Job, *, text: str, samples: int, tokens: int, reference: Path | 
             draft.commit(versions={"scalellm": __version__}, recipe=job.recipe.text)
     judged = judge(read_json(folder / stage.REPORT), job, folder, notes)
     return _with_verdict(judged, job, key)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What came of asking a running engine."""
+
+    passed: bool
+    failures: tuple[str, ...]
+    summary: str
+    report: dict[str, Any]
+    file: Path
+    accept: dict[str, Any]
+    verdict: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+def verify_endpoint(job: Job, endpoint: Endpoint, *, text: str, samples: int, tokens: int) -> Answers:
+    """Ask a running engine to continue ``samples`` texts, and compare with the checkpoint that it was built from.
+
+    ``tokens`` are those of a prompt and its answer together, half of each, within the engine's limits. The verdict is
+    written beside the job's engine: that this is the engine behind the endpoint, the caller vouches for.
+    """
+    quantized, key = _checkpoint(job)
+    limits = job.plan.limits
+    tokens = min(tokens, limits.max_seq_len, quantized.config.max_position_embeddings)
+    prompt = max(4, min(tokens // 2, limits.max_input_len) - 2)  # a text may take a token more the second time
+    data = job.recipe.calibration.data if job.plan.calibrates else None
+    rows = held_out_rows(text, quantized.path, samples=samples, tokens=prompt, calibration=data)
+    kv = job.plan.kv.name if job.plan.kv.quant_algo and job.plan.backend != "openvino" else None
+    answers = stage.ask(
+        endpoint,
+        rows.token_ids.tolist(),
+        open_tokenizer(quantized.path),
+        max_tokens=max(1, tokens // 2 - 2),
+        progress=job.progress,
+    )
+    report = stage.answers_report(
+        quantized,
+        answers,
+        job.folder,
+        kv=kv,
+        rounds_inputs=job.plan.backend != "openvino",
+        progress=job.progress,
+        place=job.place,
+    )
+    accept = job.recipe.accept or Accept()
+    failures = accept.failures(report["measures"])
+    numbers = ", ".join(f"{name} {_shown(one)}" for name, one in report["measures"].items())
+    summary = (
+        f"{len(answers)} greedy answers of {endpoint.http_url} against the checkpoint's own forward pass: {numbers}"
+    )
+    found = Answers(not failures, tuple(failures), summary, report, job.folder / stage.ANSWERS, accept.model_dump())
+    part = {
+        "passed": found.passed,
+        "summary": summary,
+        "accept": found.accept,
+        "failures": failures,
+        "measures": report["measures"],
+    }
+    file, notes = _beside_engine(job, key, ENGINE, part)
+    return replace(found, verdict=file, notes=notes)
+
+
+def _beside_engine(
+    job: Job, checkpoint: str, kind: str, part: Mapping[str, Any]
+) -> tuple[Path | None, tuple[str, ...]]:
+    """Write one part of the verdict on the job's engine. -> its file, or None and why there is none."""
+    try:
+        engine = Engine.open(job.folder / "engine")
+    except ArtifactError:
+        again = f"once there is, scalellm verify --recipe {job.spoken} writes the verdict beside it"
+        return None, (f"there is no engine here yet: {again}",)
+    if engine.passport.checkpoint != checkpoint:
+        return None, (f"{engine.path}: was built from another checkpoint: no verdict",)
+    file = record(engine, kind, part, running=only_running_tells(job.plan))
+    if file is not None:
+        return file, ()
+    command = f"scalellm verify --recipe {job.spoken} --endpoint http://HOST:PORT"
+    return None, (
+        "this does not open the gate: the plan doubts the engine's kernels, which weights do not show. Serve it "
+        f"for the comparison only (scalellm serve --allow-unverified), then: {command}",
+    )
 
 
 def judge(report: Mapping[str, Any], job: Job, folder: Path, notes: Sequence[str] = ()) -> Judgment:
@@ -208,23 +292,8 @@ def _with_verdict(found: Judgment, job: Job, checkpoint: str) -> Judgment:
         "failures": list(found.failures),
         "measures": _judged(found.report["models"][found.judged]),
     }
-    try:
-        engine = Engine.open(job.folder / "engine")
-    except ArtifactError:
-        note = f"there is no engine yet: once there is, scalellm verify --recipe {job.spoken} writes the verdict"
-        return replace(found, notes=(*found.notes, f"{note} beside it, from this report"))
-    if engine.passport.checkpoint != checkpoint:
-        return replace(found, notes=(*found.notes, f"{engine.path}: was built from another checkpoint: no verdict"))
-    file = record(engine, WEIGHTS, part, running=only_running_tells(job.plan))
-    notes = found.notes
-    if file is None:
-        ask = f"scalellm verify --recipe {job.spoken} --endpoint http://HOST:PORT"
-        notes = (
-            *notes,
-            "this does not open the gate: the plan doubts the engine's kernels, which weights do not show. Serve it "
-            f"for the comparison only (scalellm serve --allow-unverified), then: {ask}",
-        )
-    return replace(found, verdict=file, notes=notes)
+    file, notes = _beside_engine(job, checkpoint, WEIGHTS, part)
+    return replace(found, verdict=file, notes=(*found.notes, *notes))
 
 
 def record(engine: Engine, kind: str, part: Mapping[str, Any], *, running: bool) -> Path | None:

@@ -18,7 +18,7 @@ from toolchain.quantizers.source import Source
 
 
 @dataclass
-class _Sums:
+class Sums:
     """Of every row: what a softmax over pieces of the vocabulary needs. float64 but for the word."""
 
     top: torch.Tensor
@@ -33,7 +33,7 @@ class _Sums:
     """sum exp(a - top) * (a - b), ``a`` the first model's logits, ``top`` its largest, ``b`` this one's."""
 
     @classmethod
-    def empty(cls, rows: int) -> _Sums:
+    def empty(cls, rows: int) -> Sums:
         zeros = torch.zeros(rows, dtype=torch.float64)
         return cls(zeros - torch.inf, zeros.clone(), torch.zeros(rows, dtype=torch.int64), zeros.clone(), zeros.clone())
 
@@ -94,10 +94,10 @@ def all_sums(
     chunks: Callable[[int], Iterator[torch.Tensor]],
     ids: torch.Tensor,
     advance: Callable[[int], None] = lambda _count: None,
-) -> list[_Sums]:
+) -> list[Sums]:
     """The sums of every position of every model; at the last of a row, ``target`` is that of its own first token."""
     targets = ids.roll(-1, 1).reshape(-1).long()
-    sums = [_Sums.empty(targets.numel()) for _ in heads]
+    sums = [Sums.empty(targets.numel()) for _ in heads]
     for start in range(0, heads[0].words, PIECE_WORDS):
         part = slice(start, min(start + PIECE_WORDS, heads[0].words))
         pieces = [head.piece(part) for head in heads]
@@ -116,7 +116,7 @@ def all_sums(
     return sums
 
 
-def _add(sums: list[_Sums], logits: list[torch.Tensor], rows: slice, targets: torch.Tensor, start: int) -> None:
+def _add(sums: list[Sums], logits: list[torch.Tensor], rows: slice, targets: torch.Tensor, start: int) -> None:
     """One piece of the vocabulary for some rows of all models."""
     own = targets[rows] - start
     here = (own >= 0) & (own < logits[0].shape[1])

@@ -17,7 +17,7 @@ import torch
 from toolchain.checkpoint import Checkpoint
 from toolchain.errors import ArtifactError
 from toolchain.progress import Progress
-from toolchain.quality.head import Head, compare
+from toolchain.quality.head import Head, Sums, all_sums, compare
 from toolchain.quality.layers import Kernels, cache_scales, check_same_model, open_layer
 from toolchain.quality.measures import Predictions
 from toolchain.quantizers import forward
@@ -97,6 +97,25 @@ class Passes:
 
     def run(self, journal: Sequence[Mapping[str, Any]], record: Record, progress: Progress) -> Found:
         """Everything that ``journal`` does not hold already. Raises ArtifactError for weights that are not finite."""
+        entries = self._through_layers(journal, record, progress)
+        predictions = self._compare(progress)
+        found: dict[str, list[dict[str, Any]]] = {}
+        for entry in entries:
+            for kv, one in entry["caches"].items():
+                found.setdefault(kv, []).append(one)
+        return Found({way.name: one for way, one in zip(self._ways, predictions, strict=True)}, found)
+
+    def sums(self, progress: Progress) -> list[Sums]:
+        """Of each way, at every position of the text: its choice, and the logits that count."""
+        self._through_layers([], lambda _entry: None, progress)
+        last = self._config.num_layers
+        heads = [Head(self._sources[way.quantized]) for way in self._ways]
+        return all_sums(heads, lambda number: self.chunks(self._ways[number], last), self._ids)
+
+    def _through_layers(
+        self, journal: Sequence[Mapping[str, Any]], record: Record, progress: Progress
+    ) -> list[Mapping[str, Any]]:
+        """-> the journal's entries, old and new."""
         done = self._finished(journal)
         if journal and not done:
             progress.note("verify: the hidden states are lost, so it begins again")
@@ -114,12 +133,7 @@ class Passes:
                 for store in self._stores.values():
                     store.drop_before(layer + 1)
                 give_back()
-        predictions = self._compare(progress)
-        found: dict[str, list[dict[str, Any]]] = {}
-        for entry in entries:
-            for kv, one in entry["caches"].items():
-                found.setdefault(kv, []).append(one)
-        return Found({way.name: one for way, one in zip(self._ways, predictions, strict=True)}, found)
+        return entries
 
     def clear(self) -> None:
         """Remove the hidden states: the work is done."""

@@ -103,7 +103,7 @@ def cut_rows(
 
 def _encoder(folder: Path, chat_template: bool) -> Callable[[Record], list[int]]:
     """Record -> token ids, with the tokenizer of ``folder`` and, for conversations, its chat template."""
-    tokenizer = _tokenizer(folder)
+    tokenizer = open_tokenizer(folder)
     bos = tokenizer.bos_token_id
     uses_bos = bos is not None and list(tokenizer.encode("a"))[:1] == [bos]
     own = ChatTemplate(tokenizer.chat_template or None, tokenizer.special_tokens_map)
@@ -122,7 +122,8 @@ def _encoder(folder: Path, chat_template: bool) -> Callable[[Record], list[int]]
     return encode
 
 
-def _tokenizer(folder: Path) -> Any:
+def open_tokenizer(folder: Path) -> Any:
+    """transformers' tokenizer of a folder. Raises ArtifactError without one, PlanError without transformers."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise ArtifactError(
             f"{folder}: calibration needs the model's tokenizer, there is no tokenizer.json or tokenizer.model",

@@ -7,16 +7,22 @@ good enough, the recipe says.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain import __version__, workspace
 from toolchain.checkpoint import Checkpoint
+from toolchain.endpoint import Endpoint
+from toolchain.errors import EndpointError, RejectedError
 from toolchain.progress import Progress
 from toolchain.quantizers import documents
 from toolchain.quantizers.place import ON_CPU, Place, memory_errors, open_device, resident
 
 if TYPE_CHECKING:
+    from toolchain.quality.answers import Answer
     from toolchain.quality.measures import Measure
     from toolchain.quality.passes import Found, Way
     from toolchain.quantizers.samples import Samples
@@ -25,6 +31,7 @@ VERSION = "1"
 """Raised when the same checkpoint and text would give other numbers."""
 
 REPORT = "report.json"
+ANSWERS = "answers.json"
 
 ORIGINAL, WEIGHTS = "original", "weights"
 """How the report calls the unquantized model, and the quantized one without a rounded cache; with one it is called as
@@ -76,6 +83,104 @@ def verify(
     passes.clear()
     report = _report(original, quantized, ways, samples, found, rounds_inputs=rounds_inputs)
     workspace.write_durably(draft.path / REPORT, (json.dumps(report, indent=1) + "\n").encode())
+    return report
+
+
+def ask(
+    endpoint: Endpoint, prompts: Sequence[Sequence[int]], tokenizer: Any, *, max_tokens: int, progress: Progress
+) -> list[Answer]:
+    """Each prompt's text to a running server, greedily, one after the other. -> its tokens.
+
+    As the server says them, which takes ``return_log_probs``; where it does not know that, from its text.
+    """
+    from toolchain.quality.answers import Answer
+
+    found: list[Answer] = []
+    log_probs = True
+    with progress.task("verify: ask the server", len(prompts), "prompts") as task:
+        for ids in prompts:
+            text = tokenizer.decode(ids, skip_special_tokens=True).strip("\ufffd")  # without half a character
+            sent = tuple(int(one) for one in tokenizer.encode(text))
+            try:
+                said, outputs = _answer(endpoint, text, max_tokens, log_probs)
+            except RejectedError:
+                if not log_probs:
+                    raise
+                log_probs = False
+                said, outputs = _answer(endpoint, text, max_tokens, log_probs)
+            given, probabilities = (_flat(outputs.get(name)) for name in ("output_ids", "output_log_probs"))
+            count = len(probabilities) if log_probs else max_tokens
+            tokens = tuple(map(int, given)) if given else _tokens(tokenizer, text, sent, said)
+            task.advance(1)
+            if len(tokens) != count and log_probs:
+                continue  # not the tokens that it gave
+            # The answer's end is a token to compare too, where all that came before it are known.
+            ended = len(tokens) == count < max_tokens
+            found.append(Answer(sent, tokens, ended, tuple(probabilities) or None))
+    if not found:
+        raise EndpointError(
+            f"{endpoint.http_url}: {endpoint.model} does not say the tokens of its answers, and its texts can be cut "
+            "into tokens in other ways",
+            hint="Ask a model that does: --triton-model tensorrt_llm_bls",
+        )
+    if len(found) < len(prompts):
+        progress.note(f"verify: {len(prompts) - len(found)} answers left out: their text gives other tokens again")
+    return found
+
+
+def _answer(endpoint: Endpoint, text: str, max_tokens: int, log_probs: bool) -> tuple[str, Mapping[str, Any]]:
+    """-> the text behind the prompt, and the other outputs."""
+    asked = {"exclude_input_in_output": True, "return_log_probs": log_probs or None}
+    chunks = list(endpoint.generate(text, max_tokens=max_tokens, protocol="http", stream=False, **asked))
+    return "".join(chunk.text for chunk in chunks), chunks[-1].outputs
+
+
+def _tokens(tokenizer: Any, text: str, sent: Sequence[int], said: str) -> tuple[int, ...]:
+    """The tokens that an answer's text is made of, without half a character at its end.
+
+    Mostly those that the engine gave: a text can be cut into tokens in more ways than one.
+    """
+    whole = [int(one) for one in tokenizer.encode(text + said.rstrip("\ufffd"))]
+    if whole[: len(sent)] == list(sent):
+        return tuple(whole[len(sent) :])
+    return tuple(int(one) for one in tokenizer.encode(said.rstrip("\ufffd"), add_special_tokens=False))
+
+
+def _flat(values: Any) -> list[float]:
+    """A number or nested lists of them, or None -> one list."""
+    if isinstance(values, list):
+        return [one for value in values for one in _flat(value)]
+    return [] if values is None else [values]
+
+
+def answers_report(
+    quantized: Checkpoint,
+    answers: Sequence[Answer],
+    folder: Path,
+    *,
+    kv: str | None,
+    rounds_inputs: bool,
+    progress: Progress,
+    place: Place = ON_CPU,
+) -> dict[str, Any]:
+    """The answers of a running engine against the checkpoint's own forward pass, written to ``folder/answers.json``."""
+    from toolchain.quality.answers import compare_answers, measures
+
+    with tempfile.TemporaryDirectory(dir=folder, prefix="verify-") as states, memory_errors():
+        how = {"kv": kv, "rounds_inputs": rounds_inputs}
+        compared = compare_answers(
+            quantized, answers, Path(states), kv=kv, rounds_inputs=rounds_inputs, progress=progress, place=place
+        )
+    report = {
+        "report": "answers",
+        "scalellm": __version__,
+        "checkpoint": str(quantized.path),
+        **how,
+        "units": {"agreement_length": "tokens", "regret": "nats a token", "log_prob_error": "nats a token"},
+        "measures": _plain(measures(compared)),
+        "answers": [{**asdict(one), **asdict(other)} for one, other in zip(answers, compared, strict=True)],
+    }
+    workspace.write_durably(folder / ANSWERS, (json.dumps(report, indent=1) + "\n").encode())
     return report
 
 
