@@ -157,7 +157,7 @@ class TestVerdict:
         job = quantized(model, tmp_path, TEXT + "accept: {top1_agreement: 0.01}\n")
         early = verifying.verify(job, **ASKED)
         assert early.verdict is None
-        assert "no engine yet" in early.notes[-1]
+        assert "no engine here yet" in early.notes[-1]
         engine = engine_of(job)
         found = verifying.verify(job, **ASKED)
         verdict = verdict_on(engine)
@@ -177,7 +177,7 @@ class TestVerdict:
     def test_good_weights_do_not_open_the_gate_of_doubted_kernels_and_bad_ones_close_it(
         self, model: Path, tmp_path: Path
     ) -> None:
-        text = TEXT.replace("a100", "t4").replace("int8}\nkv", "int8}\nkv")
+        text = TEXT.replace("a100", "t4")
         job = quantized(model, tmp_path, text)
         assert job.plan.gate == "required"
         engine = engine_of(job, device="t4", sm=75, gate="required")
@@ -191,6 +191,27 @@ class TestVerdict:
         assert found.verdict is None
         assert verdict_on(engine) is None
         assert "does not open the gate" in found.notes[-1]
+
+    def test_what_the_running_engine_answered_opens_the_gate_of_doubted_kernels(
+        self, model: Path, tmp_path: Path
+    ) -> None:
+        job = quantized(model, tmp_path, TEXT.replace("a100", "t4"))
+        engine = engine_of(job, device="t4", sm=75, gate="required")
+        good = {"passed": True, "summary": "32 answers equal", "measures": {}}
+        weights = {"passed": True, "summary": "weights fine", "measures": {}}
+        assert verifying.record(engine, verifying.WEIGHTS, weights, running=True) is None
+        assert verifying.record(engine, verifying.ENGINE, good, running=True)
+        first = verdict_on(engine)
+        assert first is not None
+        assert (first.passed, first.summary) == (True, "engine: 32 answers equal")
+        verifying.record(engine, verifying.WEIGHTS, weights, running=True)
+        both = verdict_on(engine)
+        assert both is not None
+        assert (both.passed, set(both.measured)) == (True, {"engine", "weights"})
+        verifying.record(engine, verifying.ENGINE, good | {"passed": False, "summary": "other answers"}, running=True)
+        bad = verdict_on(engine)
+        assert bad is not None
+        assert (bad.passed, bad.summary) == (False, "engine: other answers")
 
     def test_an_engine_of_another_checkpoint_gets_none(self, model: Path, tmp_path: Path) -> None:
         job = quantized(model, tmp_path)
