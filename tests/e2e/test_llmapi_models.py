@@ -96,7 +96,7 @@ def serving(engine: Engine, work: Path, change: Callable[[Path], None] = lambda 
     calls = work / "repository" / "tensorrt_llm" / "1" / "tensorrt_llm" / "calls.jsonl"
     try:
         supervisor.start()
-        yield Running(ports.http, ports.grpc, status, calls)
+        yield Running(ports.http, ports.grpc, status, ports.metrics, calls)
         supervisor.stop()
     finally:
         supervisor.kill()
