@@ -19,7 +19,6 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -168,12 +167,7 @@ def child(source: str, out: str, tp: str) -> None:
 
 
 def convert(source: Path, out: Path, tp: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--child", str(source), str(out), str(tp)]
-    start = time.monotonic()
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    wall_s = time.monotonic() - start
-    size = sum(file.stat().st_size for file in out.iterdir())
-    return {"wall_s": wall_s, **json.loads(done.stdout.splitlines()[-1]), "artifact_bytes": size}
+    return bench.measured_child([sys.executable, __file__, "--child", str(source), str(out), str(tp)], out)
 
 
 def measure(source: Path, weights: str, tp: int, args: argparse.Namespace) -> dict[str, Any]:

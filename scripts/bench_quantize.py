@@ -284,6 +284,11 @@ def in_child(source: Path, out: Path, run: str, args: argparse.Namespace) -> dic
     command = [sys.executable, __file__, "--child", str(source), str(out), run]
     for flag in ("group_size", "samples", "tokens"):
         command += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
+    return measured_child(command, out)
+
+
+def measured_child(command: list[str], out: Path) -> dict[str, Any]:
+    """What the process says of itself in its last line, its wall time, imports included, and the size of ``out``."""
     start = time.monotonic()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     wall_s = time.monotonic() - start
