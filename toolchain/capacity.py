@@ -88,7 +88,7 @@ def capacity(
     asked = _Change(weights, kv, limits, recipe.services, reserve)
     found = ask(asked)
     if found.missing_bytes:
-        better = list(_better(asked, recipe.backend or target.backends[0], target, ask))
+        better = list(_better(asked, recipe.chosen_backend, target, ask))
         has = "" if found.available is None else f", {found.available // MIB} MiB"
         notes.refuse(
             f"memory: {_spoken(weights)} weights and {kv.name} KV need {format_bytes(found.total)}, "

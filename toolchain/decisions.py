@@ -92,7 +92,7 @@ def with_sm(target: Device) -> str:
 
 def choose_backend(recipe: Recipe, target: Device, notes: Notes) -> str:
     """The recipe's backend, or the device's first; refuses one that does not run there."""
-    chosen = recipe.backend or target.backends[0]
+    chosen = recipe.chosen_backend
     if chosen not in target.backends:
         only = " or ".join(target.backends)
         reason = f"backend {chosen} does not run on the {target.title}; {only} does{_why_one_backend(target)}"
@@ -424,7 +424,7 @@ def check_shapes(recipe: Recipe, config: LlamaConfig, group_size: int | None, ta
     if group_size is None:
         return
     uneven = list(_uneven(config, group_size, tp))
-    accepts = backends()[recipe.backend or target.backends[0]]
+    accepts = backends()[recipe.chosen_backend]
     if group_size not in accepts.group_sizes:
         listed = " or ".join(map(str, accepts.group_sizes))
         notes.refuse(

@@ -89,15 +89,6 @@ def visible_gpus() -> list[tuple[str, int]]:
     return [(gpu.name, gpu.sm) for gpu in gpus() if gpu.sm is not None]
 
 
-def missing_gpu(sm: int | None, title: str) -> list[str]:
-    """One line if no GPU of compute capability ``sm``, such as the device ``title``, is visible here, else none."""
-    found = visible_gpus()
-    if any(one == sm for _, one in found):
-        return []
-    seen = ", ".join(f"{gpu} (SM {one})" for gpu, one in found) or "no GPU"
-    return [f"a GPU of SM {sm}, such as the {title}: this machine has {seen}"]
-
-
 def parse(table: str, apps: str = "", listing: str = "") -> tuple[Gpu, ...]:
     """What nvidia-smi printed for ``QUERY`` (or ``OLD_QUERY``), ``APPS`` and ``-L`` -> GPUs. Skips what is no row."""
     users: dict[str, list[GpuProcess]] = {}

@@ -359,6 +359,11 @@ class Recipe(Section):
     def path(self) -> Path:
         return self._path
 
+    @property
+    def chosen_backend(self) -> str:
+        """The backend that is named, else the device's first."""
+        return self.backend or devices()[self.device].backends[0]
+
     def from_file(self, text: str, path: Path) -> Recipe:
         """This recipe, remembering the file that it came from."""
         self._text, self._path = text, path

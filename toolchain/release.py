@@ -16,6 +16,9 @@ from typing import Any
 from toolchain import workspace
 from toolchain.errors import PlanError
 
+IMAGES = "nvcr.io/nvidia"
+"""NVIDIA's registry, and the place in it where Triton's images lie."""
+
 _NOTHING: frozenset[str] = frozenset()
 
 
@@ -117,6 +120,11 @@ class Release:
     def container(self) -> str:
         """The newest image of this release, without its registry host."""
         return f"tritonserver:{self.triton[-1]}-trtllm-python-py3"
+
+    @property
+    def image(self) -> str:
+        """The same with its registry."""
+        return f"{IMAGES}/{self.container}"
 
     def has(self, backend: str) -> bool:
         """Whether this release carries ``tensorrt_engine`` or ``tensorrt_llmapi``; False for any other backend."""

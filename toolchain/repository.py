@@ -20,9 +20,6 @@ from toolchain.errors import ArtifactError
 CONTENTS = "repository.json"
 """What the repository is, for people and for the next stages; Triton looks at folders only."""
 
-IMAGES = "nvcr.io/nvidia"
-"""Where NVIDIA's images are."""
-
 _PLACEHOLDER = re.compile(r"\$\{([^}]*)\}")
 
 Value = str | int | float | bool

@@ -68,7 +68,7 @@ def settle(recipe: Recipe) -> tuple[Recipe, tuple[Choice, ...]]:
     The cache: FP8 where the device has it, else INT8, as far as the backend takes them, else 16 bits.
     """
     asked, target = recipe.quantization, device(recipe.device)
-    backend = recipe.backend or target.backends[0]
+    backend = recipe.chosen_backend
     changes: dict[str, Any] = {}
     chosen: list[Choice] = []
     if asked.weights == AUTO:

@@ -24,7 +24,7 @@ from toolchain.quantizers import peaks as quantizer_peaks
 from toolchain.recipe import available, load_recipe, parse_recipe
 from toolchain.stages.doctor import Finding, Machine, Target, look, preflight, target_of
 from toolchain.stages.doctor.preflight import PORTS_APART
-from toolchain.stages.doctor.probe import image_of, parse
+from toolchain.stages.doctor.probe import parse
 from toolchain.units import GIB, MIB
 
 LOCAL, CONTAINER = Target("local"), Target("container")
@@ -306,7 +306,7 @@ class TestProbe:
         assert release is not None
         nvidia_smi(path, "0, NVIDIA GeForce RTX 4090, GPU-1, 8.9, 590.44.01, 24564, 24000")
         trtllm_build(path, "1.2.1")
-        docker(path, image_of(release))
+        docker(path, release.image)
         program(path, "nvidia-ctk", "exit 0")
         machine = look(LOCAL, tmp_path, release)
         assert machine.gpus == (ADA,)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from toolchain import workspace
 from toolchain.host import EngineJob
-from toolchain.hosts.command import image
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def _words(job: EngineJob) -> Mapping[str, str]:
     return {
         "release": release.version,
         "driver": release.driver,
-        "image": image(release),
+        "image": release.image,
         "device": job.device.title,
         "sm": str(job.device.sm),
         "recipe": job.recipe,

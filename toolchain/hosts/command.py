@@ -12,18 +12,11 @@ from pathlib import Path, PurePosixPath
 
 from toolchain.errors import ToolError
 from toolchain.host import EngineJob
-from toolchain.release import Release
-from toolchain.repository import IMAGES
 
 CHECKPOINT, ENGINE = "/checkpoint", "/engine"
 """The two folders as a container sees them."""
 
 _GPUS = re.compile(r"\d+(,\d+)*")
-
-
-def image(release: Release) -> str:
-    """NVIDIA's newest Triton image of the release, with its registry; engines are built where they will be served."""
-    return f"{IMAGES}/{release.container}"
 
 
 def run_name(job: EngineJob) -> str:
@@ -105,7 +98,7 @@ def container_argv(
     else:
         listed = f'"device={",".join(gpus)}"' if len(gpus) > 1 else f"device={gpus[0]}"
         argv.append(f"--gpus={listed}")
-    return (*argv, pinned or image(job.release), *job.argv(CHECKPOINT, ENGINE))
+    return (*argv, pinned or job.release.image, *job.argv(CHECKPOINT, ENGINE))
 
 
 def size_of(folder: Path) -> int:

@@ -10,7 +10,7 @@ from toolchain import runner
 from toolchain.errors import ToolError
 from toolchain.host import EngineJob, HostCommand
 from toolchain.hosts import machine, watching
-from toolchain.hosts.command import IMAGE_NAME, container_argv, gpus_of, image, read_gpus, run_name
+from toolchain.hosts.command import IMAGE_NAME, container_argv, gpus_of, read_gpus, run_name
 from toolchain.hosts.local import probe
 from toolchain.progress import Progress
 
@@ -63,7 +63,7 @@ class Container:
             HostCommand(
                 "a folder of the caller's own; docker would make it root's", "this machine", ("mkdir", "-p", out)
             ),
-            HostCommand("the engine", f"this machine, in {self.pinned or image(job.release)}", argv),
+            HostCommand("the engine", f"this machine, in {self.pinned or job.release.image}", argv),
         )
 
     def build(self, job: EngineJob, log: Path, progress: Progress) -> None:
@@ -75,7 +75,7 @@ class Container:
         code = watching.build(command.argv, job, log, progress, on=self.name, afterwards=remove)
         if code:
             raise watching.failure(
-                command.argv, code, job, log, what=f"trtllm-build in {self.pinned or image(job.release)}"
+                command.argv, code, job, log, what=f"trtllm-build in {self.pinned or job.release.image}"
             )
 
     def _tool(self) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from toolchain.host import EngineJob, HostCommand
 from toolchain.hosts import machine, watching
-from toolchain.hosts.command import image, read_gpus, with_gpus
+from toolchain.hosts.command import read_gpus, with_gpus
 from toolchain.progress import Progress
 
 
@@ -28,7 +28,7 @@ class Local:
 
     def commands(self, job: EngineJob) -> tuple[HostCommand, ...]:
         argv = with_gpus(job.argv(str(job.checkpoint.absolute()), str(job.out.absolute())), self.gpus)
-        has = f"TensorRT-LLM {job.release.version}, as in {image(job.release)}, and a GPU of SM {job.device.sm}"
+        has = f"TensorRT-LLM {job.release.version}, as in {job.release.image}, and a GPU of SM {job.device.sm}"
         return (HostCommand("the engine", f"this machine, with {has}", argv),)
 
     def build(self, job: EngineJob, log: Path, progress: Progress) -> None:
@@ -41,7 +41,7 @@ class Local:
 
 def probe(job: EngineJob, tools: str, pinned: str = "") -> machine.Machine:
     """What this machine has; ``tools`` are the container tools to ask, ``"docker podman"``, for which image."""
-    script = ("sh", "-c", machine.PROBE, "probe", str(job.out.absolute()), pinned or image(job.release), tools)
+    script = ("sh", "-c", machine.PROBE, "probe", str(job.out.absolute()), pinned or job.release.image, tools)
     return machine.parse(machine.ask(script, "this machine").stdout)
 
 

@@ -15,7 +15,7 @@ from toolchain import installed, runner
 from toolchain.errors import ToolError
 from toolchain.gpu import Gpu
 from toolchain.host import EngineJob
-from toolchain.hosts.command import image, size_of
+from toolchain.hosts.command import size_of
 from toolchain.installed import is_release
 from toolchain.units import KIB, format_bytes
 
@@ -184,7 +184,7 @@ def without_container(machine: Machine, job: EngineJob, engine: str, pinned: str
     if engine not in machine.images:
         if pinned:
             return [f"the image {pinned}, which --on names"]
-        return [f"the image of TensorRT-LLM {job.release.version}: {engine} pull {image(job.release)}"]
+        return [f"the image of TensorRT-LLM {job.release.version}: {engine} pull {job.release.image}"]
     return []
 
 

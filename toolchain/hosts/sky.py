@@ -21,7 +21,7 @@ from toolchain import runner
 from toolchain.errors import ToolError
 from toolchain.host import EngineJob, HostCommand
 from toolchain.hosts import watching
-from toolchain.hosts.command import image, run_name, size_of
+from toolchain.hosts.command import run_name, size_of
 from toolchain.progress import Progress
 from toolchain.units import GIB
 
@@ -93,7 +93,7 @@ class Sky:
         size = size_of(job.checkpoint)
         resources: dict[str, Any] = {
             "accelerators": f"{job.device.skypilot}:{job.gpus}",
-            "image_id": f"docker:{image(job.release)}",
+            "image_id": f"docker:{job.release.image}",
             "disk_size": _IMAGE_GB + -(-5 * size // (2 * 10**9)),
             "memory": f"{max(16, -(-5 * size // (2 * GIB)))}+",
         }

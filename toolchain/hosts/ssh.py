@@ -20,7 +20,7 @@ from toolchain import runner
 from toolchain.errors import ToolError
 from toolchain.host import EngineJob, HostCommand
 from toolchain.hosts import machine, watching
-from toolchain.hosts.command import container_argv, gpus_of, image, read_gpus, run_name, size_of, with_gpus
+from toolchain.hosts.command import container_argv, gpus_of, read_gpus, run_name, size_of, with_gpus
 from toolchain.progress import Progress
 
 OPTIONS = (
@@ -62,7 +62,7 @@ class Ssh:
         missing = tuple(f"{tool} on this machine" for tool in ("ssh", "rsync") if shutil.which(tool) is None)
         if missing:
             return missing
-        script = shlex.join(["sh", "-c", machine.PROBE, "probe", folder(job), image(job.release), "docker podman"])
+        script = shlex.join(["sh", "-c", machine.PROBE, "probe", folder(job), job.release.image, "docker podman"])
         done = machine.ask(self._ssh(script), self.host)
         if done.exit_code:
             return (f"a connection to {self.host}: {_last(done.stderr)}. Try: {self._mend(done.stderr)}",)
@@ -125,7 +125,7 @@ exit "$code"
 
     def _builder(self, job: EngineJob) -> str:
         """What runs detached: the first builder that is of the release; its exit code goes into the file ``code``."""
-        version, pinned, name = job.release.version, image(job.release), run_name(job)
+        version, pinned, name = job.release.version, job.release.image, run_name(job)
         own = shlex.join(with_gpus(job.argv("@HERE@/checkpoint", "@HERE@/engine"), self.gpus))
         docker, podman = (_container(tool, job, gpus_of(job, self.gpus)) for tool in ("docker", "podman"))
         script = f"""{machine.VERSION.strip()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from toolchain.device import device
 from toolchain.errors import PlanError
 from toolchain.pipeline.source import Model
 from toolchain.plan import Plan
@@ -19,8 +18,7 @@ def open_model(recipe: Recipe, folder: Path, progress: Progress) -> Model | None
 
     None without one, and for a backend that the plan will refuse: nothing is downloaded for that.
     """
-    backend = recipe.backend or device(recipe.device).backends[0]
-    if recipe.speculative is None or backend != BACKEND:
+    if recipe.speculative is None or recipe.chosen_backend != BACKEND:
         return None
     return Model(recipe.speculative.draft, folder / "draft" / "checkpoint", folder / "draft" / "imported", progress)
 

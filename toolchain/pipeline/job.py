@@ -14,7 +14,6 @@ from toolchain import __version__, build_peaks, variant, workspace
 from toolchain.backends import Order
 from toolchain.build_peaks import Peak
 from toolchain.checkpoint import Checkpoint
-from toolchain.device import device
 from toolchain.engine import Engine
 from toolchain.errors import PlanError
 from toolchain.host import Host, HostCommand
@@ -99,23 +98,18 @@ class Job:
 
     def states(self) -> list[State]:
         """What is fresh and what is stale, without making anything. Stale inputs make stale all that follows."""
-        found: list[State] = []
-        keys: dict[Job, str] = {}
-        for job, name in self._sequence(self.names[-1]):
-            inputs = job._inputs(name, keys)
-            found.append(state_of(job._label(name), job.path(name), inputs))
-            keys[job] = workspace.key_of(inputs)
-        return found
+        return [
+            state_of(job._label(name), job.path(name), inputs) for job, name, inputs in self._wanted(self.names[-1])
+        ]
 
     def host_commands(self, out: Path | None = None) -> tuple[HostCommand, ...]:
         """The command lines that build the engine on the job's host, to the letter; with ``out``, into that folder.
 
         Empty where scalellm builds it itself. Raises PlanError where the builder would not build what the plan says.
         """
-        keys: dict[Job, str] = {}
-        for job, name in self._sequence("engine"):
-            keys[job] = workspace.key_of(job._inputs(name, keys))
-        key = keys[self]
+        key = next(
+            workspace.key_of(inputs) for job, name, inputs in self._wanted("engine") if (job, name) == (self, "engine")
+        )
         return build_stage.commands(self._order(out or workspace.partial_of(self.path("engine"), key), key))
 
     def run(self, until: str, *, on_result: Callable[[Result], None] = lambda _result: None) -> list[Result]:
@@ -144,6 +138,14 @@ class Job:
             yield self, name
             if self.draft and name != "repository":
                 yield self.draft, name
+
+    def _wanted(self, until: str) -> Iterator[tuple[Job, str, dict[str, Any]]]:
+        """The same with the inputs of each, as they would be if all before it were made."""
+        keys: dict[Job, str] = {}
+        for job, name in self._sequence(until):
+            inputs = job._inputs(name, keys)
+            keys[job] = workspace.key_of(inputs)
+            yield job, name, inputs
 
     def _label(self, name: str) -> str:
         return f"{self.recipe.name}/{name}" if self.parent else name
@@ -303,7 +305,7 @@ def _checkpoint_name(recipe: Recipe) -> str:
     settled, _ = variant.settle(recipe)
     asked = settled.quantization
     group = f"-g{asked.group_size}" if WEIGHTS[asked.weights].group_sizes else ""
-    openvino = (recipe.backend or device(recipe.device).backends[0]) == "openvino"
+    openvino = recipe.chosen_backend == "openvino"
     changes = recipe.per_device.get(recipe.device)
     own = f"-{recipe.device}" if changes and changes.quantization else ""
     return f"checkpoint-{asked.weights}{group}" + ("" if openvino else f"-kv-{settled.kv_cache.dtype}") + own

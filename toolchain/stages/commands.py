@@ -14,7 +14,6 @@ from pathlib import Path
 from toolchain.backends.tensorrt_llmapi import settings
 from toolchain.host import HostCommand
 from toolchain.plan import Plan
-from toolchain.repository import IMAGES
 
 
 @dataclass(frozen=True)
@@ -95,9 +94,7 @@ def _llmapi(plan: Plan, folder: Path, place: tuple[str, ...], home: tuple[str, .
     yield Step("trtllm-serve", "instead, without Triton: OpenAI's API only", _gpu(plan), argv)
     if plan.release:
         mounted = str((folder / "engine").absolute())
-        argv = settings.container_command(
-            f"{IMAGES}/{plan.release.container}", mounted, settings.serve_command(plan, mounted)
-        )
+        argv = settings.container_command(plan.release.image, mounted, settings.serve_command(plan, mounted))
         yield Step("trtllm-serve", "the same from outside the image", f"on a GPU of SM {plan.device.sm}", argv)
     for title, command, source in settings.others(plan, engine):
         says = f"{title} loads the same folder, by its source text ({source}); not run by us"

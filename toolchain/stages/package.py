@@ -21,7 +21,8 @@ from toolchain import workspace
 from toolchain.engine import Engine
 from toolchain.engine_model import EngineModel, check_draft
 from toolchain.errors import ArtifactError
-from toolchain.repository import CONTENTS, IMAGES, Value, fit_ensemble, render_all
+from toolchain.release import IMAGES
+from toolchain.repository import CONTENTS, Value, fit_ensemble, render_all
 from toolchain.triton_model import NAME
 
 if TYPE_CHECKING:

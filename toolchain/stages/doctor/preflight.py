@@ -17,7 +17,7 @@ from toolchain.release import Release, order
 from toolchain.servers.triton.command import Ports
 from toolchain.servers.triton.ports import check_ports
 from toolchain.stages.doctor.finding import Finding, absent, fail, good, warning
-from toolchain.stages.doctor.probe import Machine, Target, image_of
+from toolchain.stages.doctor.probe import Machine, Target
 from toolchain.units import format_bytes
 
 PORTS_APART = 10
@@ -194,7 +194,7 @@ def _room(name: str, machine: Machine, needed: int, why: str) -> Iterator[Findin
 
 def _tensorrt_llm(plan: Plan, release: Release, target: Target, there: Machine) -> Iterator[Finding]:
     """The installed TensorRT-LLM; behind ssh, and to serve weights, a container of the image does as well."""
-    name, found, image = "tensorrt-llm", there.tensorrt_llm, image_of(release)
+    name, found, image = "tensorrt-llm", there.tensorrt_llm, release.image
     usable = [tool for tool in there.containers if tool not in there.refusals]
     wrong = _unusable(plan, release, target, there)
     elsewhere = target.host or plan.backend != "tensorrt_engine"
@@ -228,7 +228,7 @@ def _unusable(plan: Plan, release: Release, target: Target, there: Machine) -> s
 def _container(release: Release, target: Target, there: Machine) -> Iterator[Finding]:
     needed = target.kind == "container"
     bad = fail if needed else absent
-    image = image_of(release)
+    image = release.image
     usable = [tool for tool in there.containers if tool not in there.refusals]
     if not there.containers:
         hint = "Install docker and NVIDIA's container toolkit" if needed else ""

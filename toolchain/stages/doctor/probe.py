@@ -17,12 +17,11 @@ from toolchain import gpu, installed, runner
 from toolchain.errors import RecipeError, ToolError
 from toolchain.gpu import Gpu
 from toolchain.release import Release
+from toolchain.units import KIB
 
-REGISTRY = "nvcr.io/nvidia/"
 TOOLS = ("docker", "podman")
 PACKAGES = ("torch", "transformers", "openvino", "openvino-genai", "nvidia-pytriton")
 
-_KIB = 1024
 _TIMEOUT_S = 120.0
 _MARK = "@scalellm "
 _LISTEN = "0A"  # TCP_LISTEN, linux/net/tcp_states.h
@@ -83,17 +82,12 @@ class Machine:
     """Distribution -> version, of those in ``PACKAGES`` that our own Python has; empty of another machine."""
 
 
-def image_of(release: Release) -> str:
-    """The newest image of a release, with its registry."""
-    return f"{REGISTRY}{release.container}"
-
-
 def look(target: Target, folder: Path, release: Release | None) -> Machine:
     """The machine of ``target``. ``folder``: whose disk counts, on this machine; elsewhere the home's does.
 
     Raises ToolError where ssh does not get in.
     """
-    script = _script(None if target.host else folder, image_of(release) if release else "none")
+    script = _script(None if target.host else folder, release.image if release else "none")
     if target.host:
         options = ("-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=yes", "-o", "ConnectTimeout=15")
         argv = ("ssh", *options, target.host, f"sh -c {shlex.quote(script)}")
@@ -160,7 +154,7 @@ def parse(text: str, gpus: tuple[Gpu, ...] | None = None) -> Machine:
         ram_total=total,
         ram_free=free,
         disk=disk[0] if disk else "",
-        disk_free=int(disk[1]) * _KIB if len(disk) > 1 and disk[1].isdigit() else None,
+        disk_free=int(disk[1]) * KIB if len(disk) > 1 and disk[1].isdigit() else None,
         builder=builder,
         tensorrt_llm=version,
         containers=tuple(tools),
@@ -177,7 +171,7 @@ def _memory(lines: list[str], limit: list[str]) -> tuple[int | None, int | None]
     memory.max and memory.current: https://docs.kernel.org/admin-guide/cgroup-v2.html (2026-11-22).
     """
     words = {line.split(":")[0]: line.split()[1] for line in lines if ":" in line and len(line.split()) > 1}
-    total, free = (int(words[key]) * _KIB if key in words else None for key in ("MemTotal", "MemAvailable"))
+    total, free = (int(words[key]) * KIB if key in words else None for key in ("MemTotal", "MemAvailable"))
     if len(limit) == 2 and all(value.isdigit() for value in limit) and total is not None and free is not None:
         most, used = map(int, limit)
         total, free = min(total, most), min(free, max(0, most - used))
