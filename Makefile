@@ -32,7 +32,7 @@ demo: $(VENV)/.cpu  ## set everything up and run the main job on a small Llama: 
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.dev  ## set everything up and run the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 $(ORACLE)/.installed: pyproject.toml constraints-oracle.txt
 	$(PYTHON) -m venv $(ORACLE)

@@ -24,7 +24,7 @@ from toolchain import workspace
 from toolchain.device import Device, device
 from toolchain.engine import Limits
 from toolchain.family import published
-from toolchain.latency import (
+from toolchain.planning.latency import (
     Deployment,
     Factors,
     Link,
@@ -35,7 +35,7 @@ from toolchain.latency import (
     prefill,
     static_tokens_per_s,
 )
-from toolchain.memory import memory_plan
+from toolchain.planning.memory import memory_plan
 from toolchain.quantization import KV, WEIGHTS
 
 FIT, VALIDATION = "published_latency_fit", "published_latency_validation"

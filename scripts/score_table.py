@@ -14,7 +14,16 @@ from pathlib import Path
 
 from toolchain import workspace
 from toolchain.device import Price, device, prices
-from toolchain.money import ANCHORS, PriceSet, Row, estimated_prompt, predicted_s, price_sets, published_rows, score
+from toolchain.planning.money import (
+    ANCHORS,
+    PriceSet,
+    Row,
+    estimated_prompt,
+    predicted_s,
+    price_sets,
+    published_rows,
+    score,
+)
 
 PAGE = Path(__file__).parents[1] / "docs" / "score-table.md"
 PROMPTS = (512, 640, 1024, 2048, 4096)

@@ -19,7 +19,7 @@ from pathlib import Path
 from toolchain.device import Device, devices
 from toolchain.errors import PlanError, RecipeError
 from toolchain.family import LlamaConfig, published
-from toolchain.plan import Plan, make_plan
+from toolchain.planning.plan import Plan, make_plan
 from toolchain.recipe import parse_recipe
 from toolchain.release import releases
 

@@ -11,7 +11,7 @@ from toolchain import workspace
 from toolchain.accuracy import digest_of, file_of, read_verdict, write_verdict
 from toolchain.errors import ArtifactError
 from toolchain.family import published
-from toolchain.plan import Plan, make_plan
+from toolchain.planning.plan import Plan, make_plan
 from toolchain.recipe import available, load_recipe, parse_recipe
 from toolchain.workspace import FileRecord
 

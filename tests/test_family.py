@@ -14,7 +14,7 @@ from tests.quantizers.calibrated import ROPES
 from toolchain import workspace
 from toolchain.errors import PlanError
 from toolchain.family import LlamaConfig, RopeScaling, expected_tensors, published, read_config
-from toolchain.memory import parameters
+from toolchain.planning.memory import parameters
 
 ARCHITECTURES = ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"]
 BASE = {

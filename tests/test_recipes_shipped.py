@@ -10,7 +10,7 @@ import pytest
 
 from toolchain import workspace
 from toolchain.family import LlamaConfig, published
-from toolchain.plan import Plan, make_plan
+from toolchain.planning.plan import Plan, make_plan
 from toolchain.recipe import SCHEMA_FILE, available, load_recipe, schema
 
 FOLDER = workspace.shipped("recipes")

@@ -9,7 +9,7 @@ import pytest
 from toolchain import workspace
 from toolchain.errors import RecipeError
 from toolchain.family import published
-from toolchain.plan import make_plan
+from toolchain.planning.plan import make_plan
 from toolchain.recipe import Recipe, load_recipe, parse_recipe
 from toolchain.variant import for_device, settle
 

@@ -28,12 +28,12 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
-from toolchain.build_peaks import Peak
-from toolchain.choice_table import Sheet
 from toolchain.errors import RecipeError, ScalellmError
-from toolchain.forecast import Estimate, Forecast
-from toolchain.plan import Plan
-from toolchain.price_list import age_days
+from toolchain.planning.build_peaks import Peak
+from toolchain.planning.choice_table import Sheet
+from toolchain.planning.forecast import Estimate, Forecast
+from toolchain.planning.plan import Plan
+from toolchain.planning.price_list import age_days
 from toolchain.progress import Task
 from toolchain.units import MIB, format_bytes, format_count, format_seconds
 

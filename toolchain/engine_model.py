@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from toolchain.engine import Engine, Passport
 from toolchain.engine_config import EngineConfig
 from toolchain.errors import ArtifactError
-from toolchain.memory import KV_FREE_FRACTION
+from toolchain.planning.memory import KV_FREE_FRACTION
 from toolchain.release import releases
 from toolchain.triton_model import LOGITS, NAME, Setting, TritonModel, config, triton_model
 from toolchain.vocabulary import difference

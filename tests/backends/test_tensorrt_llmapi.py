@@ -28,7 +28,7 @@ from toolchain.engine import Engine
 from toolchain.errors import PlanError
 from toolchain.family import published
 from toolchain.pipeline import Job
-from toolchain.plan import Plan, make_plan
+from toolchain.planning.plan import Plan, make_plan
 from toolchain.progress import Silent
 from toolchain.recipe import Recipe, parse_recipe
 from toolchain.release import releases

@@ -20,21 +20,22 @@ from pathlib import Path
 from typing import Any
 
 from tests.fake_build import engine_config
-from toolchain import build_peaks, workspace
+from toolchain import workspace
 from toolchain.backends.tensorrt_llm.document import config_document
 from toolchain.backends.tensorrt_llm.export import Export
 from toolchain.backends.tensorrt_llm.split import Split
-from toolchain.build_flags import command
 from toolchain.checkpoint import Checkpoint, CheckpointQuantization, TensorInfo
-from toolchain.choice import choose
-from toolchain.choice_table import sheet
 from toolchain.engine import Engine, write_passport
 from toolchain.errors import PlanError
 from toolchain.family import LlamaConfig, published
-from toolchain.load import Load, Slo
-from toolchain.option import Asked
-from toolchain.plan import Plan, make_plan
-from toolchain.price_list import PriceList
+from toolchain.planning import build_peaks
+from toolchain.planning.build_flags import command
+from toolchain.planning.choice import choose
+from toolchain.planning.choice_table import sheet
+from toolchain.planning.load import Load, Slo
+from toolchain.planning.option import Asked
+from toolchain.planning.plan import Plan, make_plan
+from toolchain.planning.price_list import PriceList
 from toolchain.recipe import available, load_recipe
 from toolchain.stages import build, package
 from toolchain.stages.commands import paste

@@ -10,10 +10,10 @@ import pytest
 
 from toolchain import hosts
 from toolchain.backends import Order
-from toolchain.build_flags import command
 from toolchain.errors import PlanError
 from toolchain.family import published
-from toolchain.plan import Plan, make_plan
+from toolchain.planning.build_flags import command
+from toolchain.planning.plan import Plan, make_plan
 from toolchain.progress import Silent
 from toolchain.recipe import parse_recipe
 from toolchain.stages import build

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from toolchain import workspace
 from toolchain.checkpoint import Checkpoint
 from toolchain.errors import ArtifactError, PlanError
-from toolchain.plan import Plan, make_plan
+from toolchain.planning.plan import Plan, make_plan
 from toolchain.progress import Silent
 from toolchain.recipe import parse_recipe
 from toolchain.stages.convert import convert, inputs

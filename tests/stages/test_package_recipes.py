@@ -16,10 +16,10 @@ from tritonclient.grpc import model_config_pb2
 from tests.engine_folder import config_json, write_engine
 from tests.test_recipes_shipped import FOLDER, NAMES, config_of
 from tests.test_triton_model import RELEASES
-from toolchain import build_flags
 from toolchain.backends import tensorrt_engine
 from toolchain.errors import ArtifactError, PlanError
-from toolchain.plan import Plan, make_plan
+from toolchain.planning import build_flags
+from toolchain.planning.plan import Plan, make_plan
 from toolchain.recipe import load_recipe
 from toolchain.stages.package import package
 

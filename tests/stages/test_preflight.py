@@ -15,11 +15,11 @@ import pytest
 
 from tests.conftest import SCALELLM
 from tests.machines import bare, docker, environment, nvidia_smi, program, ssh, trtllm_build
-from toolchain import build_peaks
 from toolchain.errors import RecipeError, ToolError
 from toolchain.family import published
 from toolchain.gpu import Gpu, GpuProcess
-from toolchain.plan import Plan, make_plan
+from toolchain.planning import build_peaks
+from toolchain.planning.plan import Plan, make_plan
 from toolchain.quantizers import peaks as quantizer_peaks
 from toolchain.recipe import available, load_recipe, parse_recipe
 from toolchain.stages.doctor import Finding, Machine, Target, look, preflight, target_of

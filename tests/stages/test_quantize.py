@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from toolchain import family, workspace
 from toolchain.checkpoint import Checkpoint
 from toolchain.errors import ArtifactError, PlanError
-from toolchain.memory import weight_bytes
+from toolchain.planning.memory import weight_bytes
 from toolchain.progress import Silent, Task
 from toolchain.quantization import WEIGHTS
 from toolchain.quantizers import int4

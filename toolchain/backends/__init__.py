@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from toolchain.host import Host
-from toolchain.plan import Plan
+from toolchain.planning.plan import Plan
 from toolchain.progress import Progress
 
 NAMES = ("tensorrt_engine", "tensorrt_llmapi", "openvino")

@@ -11,11 +11,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from toolchain import build_flags
 from toolchain.backends import Order
 from toolchain.errors import ToolError
 from toolchain.host import EngineJob
-from toolchain.plan import Plan
+from toolchain.planning import build_flags
+from toolchain.planning.plan import Plan
 
 name = "tensorrt_engine"
 VERSION = "1"

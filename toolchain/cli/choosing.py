@@ -18,9 +18,9 @@ from toolchain.cli.wish import GOALS, Wish, asked_for, choice_flags
 from toolchain.errors import PlanError, RecipeError, ScalellmError
 
 if TYPE_CHECKING:
-    from toolchain.choice import Choice
     from toolchain.console import Screen
-    from toolchain.option import Asked
+    from toolchain.planning.choice import Choice
+    from toolchain.planning.option import Asked
 
 
 @click.command()
@@ -59,7 +59,7 @@ def plan(
     screen = open_screen(json_output, verbose)
     wished = Wish(**wish)
     if schema:
-        from toolchain import plan_schema
+        from toolchain.planning import plan_schema
 
         click.echo(json.dumps(plan_schema.schema(), indent=2))
         return
@@ -77,7 +77,7 @@ def plan(
     asked, devices = asked_for(screen, recipe, model, work, names, wished)
     choice = _choose(asked, devices, goal or "ttft")
     screen.emit(choice.to_json())
-    from toolchain.choice_table import sheet
+    from toolchain.planning.choice_table import sheet
 
     screen.sheet_of(sheet(choice, asked.prices, every=verbose > 0))
     if choice.best is None:
@@ -92,7 +92,7 @@ def _with_alternative(
     error: PlanError, screen: Screen, recipe: str, model: str | None, work: Path, name: str | None
 ) -> PlanError:
     """The refusal of a recipe, with what works that is most like it; as it was where nothing does."""
-    from toolchain.alternative import alternative, told
+    from toolchain.planning.alternative import alternative, told
     from toolchain.variant import for_device
 
     try:
@@ -111,7 +111,7 @@ def _nearest(choice: Choice) -> str:
 
 
 def _choose(asked: Asked, names: list[str], goal: str) -> Choice:
-    from toolchain.choice import choose
+    from toolchain.planning.choice import choose
 
     return choose(asked, names, goal, datetime.date.today())
 
@@ -154,11 +154,11 @@ def init(
     choice = _choose(asked, devices, goal)
     best = choice.best
     if best is None:
-        from toolchain.choice import best_of_each
+        from toolchain.planning.choice import best_of_each
 
         told = "".join(f"\n  - {one.title}: {one.why_not}" for one in best_of_each(choice.ranked))
         raise PlanError(f"{model}: nothing of this fits:{told}", hint="\n".join(_nearest(choice).splitlines()[1:])[7:])
-    from toolchain.starter import name_of, recipe_text
+    from toolchain.planning.starter import name_of, recipe_text
 
     file = out or Path(f"{name_of(model, best.device)}.yaml")
     words = ["scalellm", "init", "--model", model, "--device", names, "--goal", goal, *wished.words()]

@@ -15,9 +15,9 @@ from toolchain.errors import RecipeError
 
 if TYPE_CHECKING:
     from toolchain.console import Screen
-    from toolchain.load import Load, Slo
-    from toolchain.option import Asked
-    from toolchain.price_list import PriceList
+    from toolchain.planning.load import Load, Slo
+    from toolchain.planning.option import Asked
+    from toolchain.planning.price_list import PriceList
     from toolchain.recipe import Recipe
 
 GOALS = ("ttft", "throughput", "density", "cost")
@@ -48,7 +48,7 @@ def _reserve(_ctx: click.Context, param: click.Parameter, text: str | None) -> s
 
 
 def _slo(_ctx: click.Context, param: click.Parameter, text: str | None) -> Slo | None:
-    from toolchain.load import Slo
+    from toolchain.planning.load import Slo
 
     try:
         return None if text is None else Slo.parse(text)
@@ -123,7 +123,7 @@ class Wish:
 
     def prices(self) -> PriceList:
         """What counts as a price."""
-        from toolchain.price_list import PriceList, named, read_prices
+        from toolchain.planning.price_list import PriceList, named, read_prices
         from toolchain.problems import read_text
 
         own, every = named(self.own_prices)
@@ -136,9 +136,9 @@ def asked_for(
 ) -> tuple[Asked, list[str]]:
     """What is compared, and on which devices."""
     from toolchain.device import device, devices
-    from toolchain.load import Slo
-    from toolchain.option import Asked
     from toolchain.pipeline import look
+    from toolchain.planning.load import Slo
+    from toolchain.planning.option import Asked
     from toolchain.recipe import load_recipe
 
     prices = wish.prices()
@@ -169,8 +169,8 @@ def asked_for(
 
 def _plain_recipe(model: str, device: str, wish: Wish) -> Recipe:
     """A recipe that says nothing but the load."""
+    from toolchain.planning.starter import name_of
     from toolchain.recipe import Recipe
-    from toolchain.starter import name_of
 
     prompt, output = wish.prompt or PROMPT_TOKENS, wish.output or OUTPUT_TOKENS
     limits = {"max_seq_len": prompt + output, "max_input_len": prompt, "max_num_tokens": max(prompt, STEP_TOKENS)}
@@ -181,7 +181,7 @@ def _plain_recipe(model: str, device: str, wish: Wish) -> Recipe:
 
 def _load(recipe: Recipe, positions: int, wish: Wish) -> Load:
     """Tokens in and out: the flags', within the recipe's limits. Raises RecipeError where they are longer."""
-    from toolchain.load import Load
+    from toolchain.planning.load import Load
 
     longest = recipe.limits.max_seq_len or positions
     most = min(recipe.limits.max_input_len or longest, longest - 1)

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from toolchain import money, workspace
+from toolchain import workspace
 from toolchain.device import prices
 from toolchain.errors import RejectedError
 from toolchain.measuring.compare import FAILED, differences
 from toolchain.measuring.report import Report, Run
 from toolchain.measuring.statistics import percentile
+from toolchain.planning import money
 
 Statistic = Literal["mean", "p50", "p90", "p99"]
 _MAY_DIFFER = frozenset({"services", "pattern"})

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from toolchain.errors import PlanError
 from toolchain.pipeline.source import Model
-from toolchain.plan import Plan
+from toolchain.planning.plan import Plan
+from toolchain.planning.speculation import BACKEND, draft_recipe
 from toolchain.progress import Progress
 from toolchain.recipe import Recipe
-from toolchain.speculation import BACKEND, draft_recipe
 from toolchain.vocabulary import difference
 
 

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from toolchain import __version__, build_peaks, variant, workspace
+from toolchain import __version__, variant, workspace
 from toolchain.backends import Order
-from toolchain.build_peaks import Peak
 from toolchain.checkpoint import Checkpoint
 from toolchain.engine import Engine
 from toolchain.errors import PlanError
@@ -20,7 +19,9 @@ from toolchain.host import Host, HostCommand
 from toolchain.pipeline import drafts
 from toolchain.pipeline.source import Model
 from toolchain.pipeline.state import NAMES, Result, State, stamped_rows, state_of
-from toolchain.plan import Plan, make_plan
+from toolchain.planning import build_peaks
+from toolchain.planning.build_peaks import Peak
+from toolchain.planning.plan import Plan, make_plan
 from toolchain.progress import Progress
 from toolchain.quantization import WEIGHTS
 from toolchain.quantizers import conversations, report_html, samples

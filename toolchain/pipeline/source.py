@@ -10,7 +10,7 @@ from toolchain.checkpoint import Checkpoint
 from toolchain.errors import ArtifactError
 from toolchain.family import LlamaConfig, published, read_config
 from toolchain.pipeline.state import State, state_of
-from toolchain.plan import Plan
+from toolchain.planning.plan import Plan
 from toolchain.progress import Progress
 from toolchain.quantization import WEIGHTS, weights_of
 from toolchain.quantizers import foreign

@@ -17,10 +17,10 @@ from toolchain.checkpoint import Checkpoint, read_json
 from toolchain.endpoint import Endpoint
 from toolchain.engine import Engine
 from toolchain.errors import ArtifactError, PlanError
-from toolchain.gate import only_running_tells
 from toolchain.pipeline.job import Job
 from toolchain.pipeline.state import state_of
-from toolchain.plan import Plan, make_plan
+from toolchain.planning.gate import only_running_tells
+from toolchain.planning.plan import Plan, make_plan
 from toolchain.quality.held_out import held_out_rows
 from toolchain.quantization import KV
 from toolchain.quantizers.samples import open_tokenizer

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from toolchain.build_peaks import Peak
-from toolchain.plan import Plan
+from toolchain.planning.build_peaks import Peak
+from toolchain.planning.plan import Plan
 from toolchain.quantizers.budget import Need, Work, least_need
 from toolchain.quantizers.layout import Scheme
 from toolchain.quantizers.place import usable_cores

@@ -11,7 +11,7 @@ from toolchain.checkpoint import Checkpoint
 from toolchain.engine import Passport, write_passport
 from toolchain.errors import ToolError
 from toolchain.host import HostCommand
-from toolchain.plan import Plan
+from toolchain.planning.plan import Plan
 from toolchain.workspace import Stamp
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from toolchain.backends.tensorrt_llmapi import settings
 from toolchain.host import HostCommand
-from toolchain.plan import Plan
+from toolchain.planning.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from toolchain.backends import tensorrt_llm
 from toolchain.checkpoint import Checkpoint
-from toolchain.plan import Plan
+from toolchain.planning.plan import Plan
 from toolchain.progress import Progress
 from toolchain.workspace import Draft
 

@@ -26,7 +26,7 @@ from toolchain.repository import CONTENTS, Value, fit_ensemble, render_all
 from toolchain.triton_model import NAME
 
 if TYPE_CHECKING:
-    from toolchain.plan import Plan
+    from toolchain.planning.plan import Plan
 
 VERSION = "1"
 """Raised when the same engine would give another repository for a reason that ``inputs`` does not see."""

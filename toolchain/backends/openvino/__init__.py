@@ -21,7 +21,7 @@ from toolchain.backends.openvino.runtime import settings
 from toolchain.backends.openvino.weights import Weights
 from toolchain.checkpoint import Checkpoint
 from toolchain.errors import ToolError
-from toolchain.plan import Plan
+from toolchain.planning.plan import Plan
 from toolchain.progress import Progress
 
 name = "openvino"

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from toolchain import family, loader
+from toolchain import family
 from toolchain.backends.tensorrt_llm.export import INT8_FORMS, Export, kv_scale_names
 from toolchain.errors import PlanError
 from toolchain.family import linear_name, linear_shape
+from toolchain.planning import loader
 
 _CALIBRATE = "calibration: {data: builtin}   # in the recipe, then: scalellm quantize"
 

@@ -15,7 +15,7 @@ from toolchain.backends.tensorrt_llmapi.checks import check
 from toolchain.backends.tensorrt_llmapi.folder import write
 from toolchain.backends.tensorrt_llmapi.settings import arguments
 from toolchain.checkpoint import Checkpoint
-from toolchain.plan import Plan
+from toolchain.planning.plan import Plan
 
 name = "tensorrt_llmapi"
 VERSION = "1"

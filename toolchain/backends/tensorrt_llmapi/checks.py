@@ -16,7 +16,7 @@ from toolchain import family, workspace
 from toolchain.checkpoint import Checkpoint
 from toolchain.errors import PlanError
 from toolchain.family import layer_linears, linear_name, linear_shape
-from toolchain.plan import Plan
+from toolchain.planning.plan import Plan
 
 UNFOLDED = ("self_attn.o_proj", "mlp.down_proj")
 """Linears that no norm comes before, whose inputs AWQ scales by a ``pre_quant_scale``."""

@@ -20,7 +20,7 @@ from toolchain.backends.tensorrt_llmapi.checks import STORED, UNFOLDED, algo_of,
 from toolchain.backends.tensorrt_llmapi.settings import arguments, model_yaml, serve_yaml
 from toolchain.checkpoint import Checkpoint, read_json
 from toolchain.family import LlamaConfig, layer_linears, linear_name, linear_shape
-from toolchain.plan import Plan
+from toolchain.planning.plan import Plan
 
 UNIT_SCALES = "pre-quant-scales.safetensors"
 """Scales of 1 for int4 weights that were made without AWQ: the loader has no other int4 than AWQ's."""

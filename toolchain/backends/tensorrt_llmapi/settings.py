@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from toolchain import workspace
-from toolchain.plan import Plan
+from toolchain.planning.plan import Plan
 from toolchain.release import within
 
 ENGINE_FOLDER = "engine"

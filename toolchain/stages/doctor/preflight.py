@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from toolchain.build_peaks import BUILD_RAM_FACTOR, Peak
 from toolchain.errors import EndpointError
 from toolchain.gpu import Gpu
 from toolchain.installed import is_release
-from toolchain.plan import Plan
+from toolchain.planning.build_peaks import BUILD_RAM_FACTOR, Peak
+from toolchain.planning.plan import Plan
 from toolchain.release import Release, order
 from toolchain.servers.triton.command import Ports
 from toolchain.servers.triton.ports import check_ports
@@ -46,7 +46,9 @@ def preflight(
         found += _ram("trtllm-build", needs.get(("trtllm-build", "ram")), there, least=1 / BUILD_RAM_FACTOR)
     if plan.device.is_cpu:
         total = plan.memory.total
-        serving = Peak("serving", "ram", total, f"{plan.services} x weights, cache and process", "toolchain/memory.py")
+        serving = Peak(
+            "serving", "ram", total, f"{plan.services} x weights, cache and process", "toolchain/planning/memory.py"
+        )
         found += _ram("serving", serving, here, least=1.0)
     found += _disk(needs, target, here, there, present_bytes)
     if plan.release is not None:

@@ -1,0 +1,1 @@
+"""What can be known before anything is built: memory, speed, money, the plan, the choice. Pure: no GPU, no network."""
