@@ -11,7 +11,7 @@ import pytest
 from tests.hosts.fakes import A100, L4, RTX4090, Programs, make_job
 from toolchain import hosts
 from toolchain.errors import ToolError
-from toolchain.hosts import machine
+from toolchain.hosts import probe
 from toolchain.progress import Silent
 
 Install = Callable[..., Programs]
@@ -188,7 +188,7 @@ def test_a_machine_that_hangs_is_named_without_the_script_that_asked_it(
 ) -> None:
     fake = programs("trtllm-build", "nvidia-smi")
     (fake.folder / "nvidia-smi").write_text("#!/bin/sh\nsleep 60\n")
-    monkeypatch.setattr(machine, "_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(probe, "_TIMEOUT_S", 0.5)
     with pytest.raises(ToolError, match=r"this machine does not say what it has within 0\.5 s") as caught:
         hosts.load("local").lacks(make_job(tmp_path / "work"))
     assert "say()" not in caught.value.message

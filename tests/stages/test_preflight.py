@@ -18,13 +18,13 @@ from tests.machines import bare, docker, environment, nvidia_smi, program, ssh, 
 from toolchain.errors import RecipeError, ToolError
 from toolchain.family import published
 from toolchain.gpu import Gpu, GpuProcess
+from toolchain.hosts.probe import SSH_OPTIONS, parse
 from toolchain.planning import build_peaks
 from toolchain.planning.plan import Plan, make_plan
 from toolchain.quantizers import peaks as quantizer_peaks
 from toolchain.recipe import available, load_recipe, parse_recipe
 from toolchain.stages.doctor import Finding, Machine, Target, look, preflight, target_of
 from toolchain.stages.doctor.preflight import PORTS_APART
-from toolchain.stages.doctor.probe import parse
 from toolchain.units import GIB, MIB
 
 LOCAL, CONTAINER = Target("local"), Target("container")
@@ -39,8 +39,8 @@ MACHINE = Machine(
     disk_free=200 * GIB,
     builder="/usr/local/bin/trtllm-build",
     tensorrt_llm="1.2.1",
-    containers=("docker",),
-    has_image=True,
+    tools={"docker": ""},
+    images=frozenset({"docker"}),
     gpu_toolkit=True,
     packages={"torch": "2", "transformers": "5"},
 )
@@ -176,9 +176,9 @@ def test_behind_ssh_a_container_of_the_image_takes_the_builders_place() -> None:
     used = found(nothing, target=there)["tensorrt-llm"]
     assert used.ok
     assert "which is used instead" in used.text
-    pull = found(replace(nothing, has_image=False), target=there)["tensorrt-llm"]
+    pull = found(replace(nothing, images=frozenset()), target=there)["tensorrt-llm"]
     assert (pull.level, pull.hint.startswith("ssh gpu-box docker pull nvcr.io/")) == ("fail", True)
-    assert found(replace(nothing, containers=()), target=there)["tensorrt-llm"].level == "fail"
+    assert found(replace(nothing, tools={}), target=there)["tensorrt-llm"].level == "fail"
     assert found(nothing)["tensorrt-llm"].level == "fail"  # --on local starts no container
     assert found(nothing, "backend: tensorrt_llmapi\n" + FP8)["tensorrt-llm"].ok  # nothing is compiled, and serve does
 
@@ -186,14 +186,14 @@ def test_behind_ssh_a_container_of_the_image_takes_the_builders_place() -> None:
 def test_a_container_needs_a_tool_that_answers_an_image_and_no_builder() -> None:
     nothing = replace(MACHINE, builder=None, tensorrt_llm=None)
     assert {one.level for one in found(nothing, target=CONTAINER).values()} <= {"ok", "absent"}
-    gone = found(replace(nothing, containers=()), target=CONTAINER)["container"]
-    down = found(replace(nothing, refusals={"docker": "permission denied"}), target=CONTAINER)["container"]
-    pull = found(replace(nothing, has_image=False), target=CONTAINER)["image"]
+    gone = found(replace(nothing, tools={}), target=CONTAINER)["container"]
+    down = found(replace(nothing, tools={"docker": "permission denied"}), target=CONTAINER)["container"]
+    pull = found(replace(nothing, images=frozenset()), target=CONTAINER)["image"]
     blind = found(replace(nothing, gpu_toolkit=False), target=CONTAINER)["gpus in containers"]
     assert [one.level for one in (gone, down, pull, blind)] == ["fail", "fail", "fail", "warning"]
     assert "permission denied" in down.text
     assert pull.hint == "docker pull nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3"
-    assert found(replace(MACHINE, containers=()))["container"].level == "absent"  # a local build needs none
+    assert found(replace(MACHINE, tools={}))["container"].level == "absent"  # a local build needs none
 
 
 def test_a_taken_port_is_told_with_its_owner(tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ class TestProbe:
 
     def test_a_bare_machine_has_memory_and_disk_and_nothing_else(self, path: Path, tmp_path: Path) -> None:
         machine = look(LOCAL, tmp_path / "not" / "yet", plan_of().release)
-        assert (machine.gpus, machine.builder, machine.tensorrt_llm, machine.containers) == ((), None, None, ())
+        assert (machine.gpus, machine.builder, machine.tensorrt_llm, machine.tools) == ((), None, None, {})
         assert machine.disk == str(tmp_path)
         assert machine.disk_free is not None
         assert machine.ram_total is not None
@@ -312,15 +312,15 @@ class TestProbe:
         assert machine.gpus == (ADA,)
         assert "torch" in machine.packages
         assert (machine.builder, machine.tensorrt_llm) == (str(path / "trtllm-build"), "1.2.1")
-        assert (machine.containers, machine.refusals) == (("docker",), {})
-        assert machine.has_image
+        assert machine.tools == {"docker": ""}
+        assert machine.images == {"docker"}
         assert machine.gpu_toolkit
 
     def test_a_daemon_that_is_down_is_told_in_its_own_words(self, path: Path, tmp_path: Path) -> None:
         docker(path, refuses="Cannot connect to the Docker daemon")
         machine = look(LOCAL, tmp_path, plan_of().release)
-        assert machine.refusals == {"docker": "Cannot connect to the Docker daemon"}
-        assert not machine.has_image
+        assert machine.tools == {"docker": "Cannot connect to the Docker daemon"}
+        assert not machine.images
 
     def test_the_same_over_ssh_without_a_password(self, path: Path, tmp_path: Path) -> None:
         elsewhere = bare(tmp_path / "elsewhere")
@@ -331,15 +331,9 @@ class TestProbe:
         assert [(one.name, one.sm) for one in machine.gpus] == [("Tesla T4", 75)]
         assert machine.tensorrt_llm == "0.13.0"
         assert machine.disk == str(elsewhere)
-        assert (tmp_path / "ssh.log").read_text().splitlines() == [
-            "-o",
-            "BatchMode=yes",
-            "-o",
-            "StrictHostKeyChecking=yes",
-            "-o",
-            "ConnectTimeout=15",
-            "me@gpu-box",
-        ]
+        asked = (tmp_path / "ssh.log").read_text().splitlines()
+        assert [word for word in asked if word != "-o"] == [*SSH_OPTIONS, "--", "me@gpu-box"]
+        assert {"BatchMode=yes", "StrictHostKeyChecking=yes"} < set(asked)
 
     def test_an_ssh_that_does_not_get_in_says_what_must_work(self, path: Path, tmp_path: Path) -> None:
         program(path, "ssh", "echo 'Permission denied (publickey).' >&2; exit 255")

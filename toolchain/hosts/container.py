@@ -11,10 +11,10 @@ from toolchain.errors import ToolError
 from toolchain.host import EngineJob, HostCommand
 from toolchain.hosts import machine, watching
 from toolchain.hosts.command import IMAGE_NAME, container_argv, gpus_of, read_gpus, run_name
-from toolchain.hosts.local import probe
+from toolchain.hosts.local import look
+from toolchain.hosts.probe import TOOLS
 from toolchain.progress import Progress
 
-TOOLS = ("docker", "podman")
 _RM_TIMEOUT_S = 60.0
 _IMAGE = "image="
 
@@ -39,7 +39,7 @@ class Container:
 
     def lacks(self, job: EngineJob) -> tuple[str, ...]:
         tool = self._tool()
-        found = probe(job, tool, self.pinned)
+        found = look(job, (tool,), self.pinned)
         return (
             *machine.without_gpus(found, job, gpus_of(job, self.gpus), on="container:"),
             *machine.without_container(found, job, tool, self.pinned),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from toolchain.host import EngineJob, HostCommand
-from toolchain.hosts import machine, watching
+from toolchain.hosts import machine, probe, watching
 from toolchain.hosts.command import read_gpus, with_gpus
 from toolchain.progress import Progress
 
@@ -19,7 +20,7 @@ class Local:
         self.name = f"local:{','.join(gpus)}" if gpus else "local"
 
     def lacks(self, job: EngineJob) -> tuple[str, ...]:
-        found = probe(job, "")
+        found = look(job, ())
         return (
             *machine.without_gpus(found, job, self.gpus or _visible(), on="local:"),
             *machine.without_builder(found, job),
@@ -39,10 +40,10 @@ class Local:
             raise watching.failure(command.argv, code, job, log, what="trtllm-build")
 
 
-def probe(job: EngineJob, tools: str, pinned: str = "") -> machine.Machine:
-    """What this machine has; ``tools`` are the container tools to ask, ``"docker podman"``, for which image."""
-    script = ("sh", "-c", machine.PROBE, "probe", str(job.out.absolute()), pinned or job.release.image, tools)
-    return machine.parse(machine.ask(script, "this machine").stdout)
+def look(job: EngineJob, tools: Iterable[str], pinned: str = "") -> probe.Machine:
+    """What this machine has; ``tools`` are the container tools to ask for the release's image, or for ``pinned``."""
+    script = probe.command(str(job.out.absolute()), pinned or job.release.image, tools)
+    return probe.parse(probe.ask(script, "this machine").stdout)
 
 
 def _visible() -> tuple[str, ...] | None:

@@ -1,23 +1,16 @@
-"""What a machine has that builds engines, asked with one shell script, here or over ssh; and what it lacks for a job.
-
-The script is POSIX sh and needs nothing but what every Linux has. ``installed`` knows how to ask for the version of
-TensorRT-LLM without importing it, ``gpu`` what nvidia-smi says.
-"""
+"""What a machine that builds engines lacks for a job. ``probe`` has asked it what it has."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 
-from toolchain import gpu as gpus
-from toolchain import installed, runner
-from toolchain.errors import ToolError
+from toolchain import installed
 from toolchain.gpu import Gpu
 from toolchain.host import EngineJob
 from toolchain.hosts.command import size_of
+from toolchain.hosts.probe import Machine
 from toolchain.installed import is_release
-from toolchain.units import KIB, format_bytes
+from toolchain.units import format_bytes
 
 VERSION = f"""
 trtllm_version() {{
@@ -25,96 +18,6 @@ trtllm_version() {{
 }}
 """
 """A shell function: the version of TensorRT-LLM whose ``trtllm-build`` is on PATH."""
-
-PROBE = f"""
-folder=$1 image=$2 tools=$3
-say() {{ printf 'scalellm %s %s\\n' "$1" "$2"; }}
-nvidia-smi {shlex.join(gpus.QUERY)} 2>&1 | while IFS= read -r line; do say gpu "$line"; done
-nvidia-smi -L 2> /dev/null | while IFS= read -r line; do say listed "$line"; done
-({installed.ASK}) | sed 's/^/scalellm /'
-for tool in $tools; do
-  command -v "$tool" > /dev/null || continue
-  if said=$("$tool" info 2>&1 > /dev/null); then said=; fi
-  say tool "$tool $(printf '%s' "$said" | tail -n 1)"
-  if "$tool" image inspect "$image" > /dev/null 2>&1; then say image "$tool"; fi
-done
-if [ -d "$folder" ]; then say used_kib "$(du -sk "$folder" | cut -f 1)"; fi
-while [ ! -d "$folder" ]; do folder=$(dirname "$folder"); done
-say disk_kib "$(df -Pk "$folder" | awk 'NR == 2 {{ print $4 }}')"
-say ram_kib "$(awk '/^(MemAvailable|SwapFree):/ {{ sum += $2 }} END {{ print sum }}' /proc/meminfo)"
-if command -v rsync > /dev/null; then say rsync yes; fi
-"""
-"""Arguments: the folder whose disk is asked about, the image, the container tools to ask."""
-
-_INSTALLED = {"builder", "tensorrt_llm"}
-_TIMEOUT_S = 120.0
-
-
-@dataclass
-class Machine:
-    """What the script found."""
-
-    gpus: list[Gpu] = field(default_factory=list)
-    gpu_words: str = ""
-    """What ``nvidia-smi`` said instead of a GPU."""
-    builder: str = ""
-    version: str = ""
-    tools: dict[str, str] = field(default_factory=dict)
-    """docker, podman -> why it does not answer; empty where it does."""
-    images: set[str] = field(default_factory=set)
-    """The tools that have the image."""
-    disk_bytes: int | None = None
-    used_bytes: int = 0
-    """What an earlier build of the same engine left in the folder."""
-    ram_bytes: int | None = None
-    rsync: bool = False
-
-    def engine(self) -> str:
-        """The container tool to use: one that has the image, else one that answers, else any; empty for none."""
-        ranked = sorted(self.tools, key=lambda tool: (tool not in self.images, bool(self.tools[tool])))
-        return ranked[0] if ranked else ""
-
-
-def ask(argv: Sequence[str], where: str) -> runner.Completed:
-    """Run the script by this command. Raises ToolError where nothing comes back in two minutes."""
-    try:
-        return runner.run(argv, timeout_s=_TIMEOUT_S, check=False)
-    except ToolError as error:  # without the script, which nobody wants to read
-        words = error.message.splitlines()[-1] if error.message.startswith("cannot start") else "no answer"
-        raise ToolError(
-            f"{where} does not say what it has within {_TIMEOUT_S:g} s: {words}",
-            hint="nvidia-smi; docker info   # by hand, there: one of them hangs",
-        ) from error
-
-
-def parse(text: str) -> Machine:
-    """The script's output -> the machine. Other lines, such as a login's greeting, are none of ours."""
-    found: dict[str, list[str]] = {}
-    for line in text.splitlines():
-        mark, _, rest = line.partition(" ")
-        if mark == "scalellm":
-            word, _, value = rest.partition(" ")
-            found.setdefault(word, []).append(value)
-    rows = found.get("gpu", [])
-    builder, version = installed.parse("\n".join(f"{word} {found[word][-1]}" for word in _INSTALLED & found.keys()))
-    visible = list(gpus.parse("\n".join(rows), listing="\n".join(found.get("listed", ()))))
-    return Machine(
-        gpus=visible,
-        gpu_words="" if visible else " ".join(rows),
-        builder=builder or "",
-        version=version or "",
-        tools={name: wrong.strip() for name, _, wrong in (value.partition(" ") for value in found.get("tool", ()))},
-        images=set(found.get("image", ())),
-        disk_bytes=_bytes(found, "disk_kib"),
-        used_bytes=_bytes(found, "used_kib") or 0,
-        ram_bytes=_bytes(found, "ram_kib"),
-        rsync="rsync" in found,
-    )
-
-
-def _bytes(found: Mapping[str, Sequence[str]], word: str) -> int | None:
-    value = found.get(word, [""])[-1]
-    return int(value) * KIB if value.isdigit() else None
 
 
 def without_gpus(machine: Machine, job: EngineJob, used: Sequence[str] | None, *, on: str) -> list[str]:
@@ -169,8 +72,8 @@ def without_builder(machine: Machine, job: EngineJob) -> list[str]:
     version = job.release.version
     if not machine.builder:
         return [f"trtllm-build of TensorRT-LLM {version}: it is not on PATH"]
-    if not is_release(machine.version, version):
-        found = machine.version or "no version at all"
+    if not is_release(machine.tensorrt_llm or "", version):
+        found = machine.tensorrt_llm or "no version at all"
         return [f"trtllm-build of TensorRT-LLM {version}: {machine.builder} is of {found}"]
     return []
 
@@ -198,8 +101,9 @@ def without_room(machine: Machine, job: EngineJob, *, copies: int) -> list[str]:
     size = size_of(job.checkpoint)
     lacking = []
     wanted = copies * size - machine.used_bytes
-    if machine.disk_bytes is not None and machine.disk_bytes < wanted:
-        lacking.append(f"{format_bytes(wanted)} of disk: {format_bytes(machine.disk_bytes)} are free")
-    if machine.ram_bytes is not None and machine.ram_bytes < size:
-        lacking.append(f"{format_bytes(size)} of RAM: {format_bytes(machine.ram_bytes)} are free, swap included")
+    if machine.disk_free is not None and machine.disk_free < wanted:
+        lacking.append(f"{format_bytes(wanted)} of disk: {format_bytes(machine.disk_free)} are free")
+    if machine.ram_free is not None and machine.ram_free + machine.swap_free < size:
+        free = format_bytes(machine.ram_free + machine.swap_free)
+        lacking.append(f"{format_bytes(size)} of RAM: {free} are free, swap included")
     return lacking

@@ -19,18 +19,9 @@ from pathlib import Path
 from toolchain import runner
 from toolchain.errors import ToolError
 from toolchain.host import EngineJob, HostCommand
-from toolchain.hosts import machine, watching
+from toolchain.hosts import machine, probe, watching
 from toolchain.hosts.command import container_argv, gpus_of, read_gpus, run_name, size_of, with_gpus
 from toolchain.progress import Progress
-
-OPTIONS = (
-    "BatchMode=yes",  # a key or an agent; a question would wait for nobody
-    "StrictHostKeyChecking=yes",  # whatever the user's config says
-    "ServerAliveInterval=15",
-    "ServerAliveCountMax=4",
-    "ConnectTimeout=20",
-)
-"""Options of ssh_config(5). A dead connection is noticed after a minute."""
 
 WAITS_S = (2.0, 5.0, 15.0, 30.0, 60.0)
 """How long to wait before each new attempt after the connection dropped."""
@@ -62,11 +53,10 @@ class Ssh:
         missing = tuple(f"{tool} on this machine" for tool in ("ssh", "rsync") if shutil.which(tool) is None)
         if missing:
             return missing
-        script = shlex.join(["sh", "-c", machine.PROBE, "probe", folder(job), job.release.image, "docker podman"])
-        done = machine.ask(self._ssh(script), self.host)
+        done = probe.ask(self._ssh(shlex.join(probe.command(folder(job), job.release.image))), self.host)
         if done.exit_code:
             return (f"a connection to {self.host}: {_last(done.stderr)}. Try: {self._mend(done.stderr)}",)
-        found = machine.parse(done.stdout)
+        found = probe.parse(done.stdout)
         builder = machine.without_builder(found, job)
         container = machine.without_container(found, job, found.engine()) if builder else []
         rsync = [] if found.rsync else [f"rsync on {self.host}: sudo apt-get install rsync"]
@@ -192,16 +182,16 @@ rm -rf "$empty\""""
         known = (advice for words, advice in _REFUSED.items() if words in said)
         return next(known, "ssh {host}   # by hand").format(host=self.host)
 
-    def _seen(self, found: machine.Machine, job: EngineJob, contained: bool) -> tuple[str, ...] | None:
+    def _seen(self, found: probe.Machine, job: EngineJob, contained: bool) -> tuple[str, ...] | None:
         return gpus_of(job, self.gpus) if contained or self.gpus else None
 
     def _ssh(self, command: str) -> tuple[str, ...]:
-        return ("ssh", *_options(), "--", self.host, command)
+        return probe.over_ssh(self.host, command)
 
     def _rsync(self, source: Path | str, target: Path | str) -> tuple[str, ...]:
         """A folder's content into another; a folder of this machine comes as a Path."""
         ends = [f"{end.absolute()}/" if isinstance(end, Path) else end for end in (source, target)]
-        shell = shlex.join(["ssh", *_options()])
+        shell = shlex.join(["ssh", *probe.ssh_options()])
         return ("rsync", "--recursive", "--times", "--partial", "--info=progress2", f"--rsh={shell}", "--", *ends)
 
 
@@ -217,10 +207,6 @@ def _container(tool: str, job: EngineJob, gpus: tuple[str, ...]) -> str:
     )
     line = shlex.join(argv).replace("@USER@", '"$(id -u):$(id -g)"')
     return line.replace("--userns=keep-id", '$([ "$(id -u)" = 0 ] || echo --userns=keep-id)')
-
-
-def _options() -> tuple[str, ...]:
-    return tuple(word for option in OPTIONS for word in ("-o", option))
 
 
 def _last(text: str) -> str:

@@ -4,9 +4,10 @@
 the machine that is to build its engine, which ``probe`` looks at: this one, or one behind ssh.
 """
 
+from toolchain.hosts.probe import Machine
 from toolchain.stages.doctor.finding import Finding
 from toolchain.stages.doctor.machine import examine
 from toolchain.stages.doctor.preflight import preflight
-from toolchain.stages.doctor.probe import Machine, Target, look, target_of
+from toolchain.stages.doctor.probe import Target, look, target_of
 
 __all__ = ["Finding", "Machine", "Target", "examine", "look", "preflight", "target_of"]

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from toolchain.errors import EndpointError
 from toolchain.gpu import Gpu
+from toolchain.hosts.probe import Machine
 from toolchain.installed import is_release
 from toolchain.planning.build_peaks import BUILD_RAM_FACTOR, Peak
 from toolchain.planning.plan import Plan
@@ -17,7 +18,7 @@ from toolchain.release import Release, order
 from toolchain.servers.triton.command import Ports
 from toolchain.servers.triton.ports import check_ports
 from toolchain.stages.doctor.finding import Finding, absent, fail, good, warning
-from toolchain.stages.doctor.probe import Machine, Target
+from toolchain.stages.doctor.probe import Target
 from toolchain.units import format_bytes
 
 PORTS_APART = 10
@@ -197,7 +198,7 @@ def _room(name: str, machine: Machine, needed: int, why: str) -> Iterator[Findin
 def _tensorrt_llm(plan: Plan, release: Release, target: Target, there: Machine) -> Iterator[Finding]:
     """The installed TensorRT-LLM; behind ssh, and to serve weights, a container of the image does as well."""
     name, found, image = "tensorrt-llm", there.tensorrt_llm, release.image
-    usable = [tool for tool in there.containers if tool not in there.refusals]
+    tool = there.engine() if there.usable else ""
     wrong = _unusable(plan, release, target, there)
     elsewhere = target.host or plan.backend != "tensorrt_engine"
     if target.kind == "container":
@@ -205,10 +206,10 @@ def _tensorrt_llm(plan: Plan, release: Release, target: Target, there: Machine) 
         yield absent(name, f"{shown}the one of the image is used")
     elif not wrong:
         yield good(name, f"{found} ({there.builder or 'python3'})")
-    elif elsewhere and usable and there.has_image:
-        yield good(name, f"{wrong}; {usable[0]} has {image}, which is used instead")
-    elif target.host and usable:
-        yield fail(name, f"{wrong}, and {usable[0]} has no {image}", f"ssh {target.host} {usable[0]} pull {image}")
+    elif elsewhere and tool in there.images:
+        yield good(name, f"{wrong}; {tool} has {image}, which is used instead")
+    elif target.host and tool:
+        yield fail(name, f"{wrong}, and {tool} has no {image}", f"ssh {target.host} {tool} pull {image}")
     else:
         inside = f"Run inside {image}" + ("" if target.host else ", or build with --on container")
         pin = f', or pin the recipe: tensorrt_llm: "{found}", if scalellm knows that release' if found else ""
@@ -231,22 +232,21 @@ def _container(release: Release, target: Target, there: Machine) -> Iterator[Fin
     needed = target.kind == "container"
     bad = fail if needed else absent
     image = release.image
-    usable = [tool for tool in there.containers if tool not in there.refusals]
-    if not there.containers:
+    if not there.tools:
         hint = "Install docker and NVIDIA's container toolkit" if needed else ""
         yield bad("container", "neither docker nor podman", hint)
-    elif not usable:
-        tool, reason = next(iter(there.refusals.items()))
+    elif not there.usable:
+        tool, reason = next(iter(there.tools.items()))
         yield bad("container", f"{tool} does not answer: {reason}", f"{tool} info")
     else:
-        yield good("container", ", ".join(usable))
+        yield good("container", ", ".join(there.usable))
         if not there.gpu_toolkit and needed:
             hint = "https://docs.nvidia.com/datacenter/cloud-native/container-toolkit/latest/install-guide.html"
             yield warning("gpus in containers", "neither nvidia-ctk nor nvidia-container-cli is on PATH", hint)
-        if there.has_image:
+        if there.images:
             yield good("image", image)
         else:
-            yield bad("image", f"{image} is not there", f"{usable[0]} pull {image}")
+            yield bad("image", f"{image} is not there", f"{there.usable[0]} pull {image}")
 
 
 def _ports(plan: Plan, target: Target, there: Machine) -> Iterator[Finding]:
