@@ -34,7 +34,7 @@ def test_help_answers_in_under_300_ms(scalellm):
 def test_help_imports_no_heavy_library():
     code = (
         "import sys, click; from toolchain.cli import verbs\n"
-        "heavy = {'torch', 'openvino', 'pydantic', 'numpy', 'rich', 'yaml', 'tritonclient'}\n"
+        "heavy = {'torch', 'openvino', 'pydantic', 'numpy', 'rich', 'yaml', 'tritonclient', 'matplotlib'}\n"
         "try: verbs.main(['--help'], standalone_mode=False)\n"
         "finally: print(sorted(heavy & set(sys.modules)))"
     )

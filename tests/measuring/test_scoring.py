@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.drawn import Picture
 from tests.measuring.reports import made_report, made_run
 from toolchain.cli import verbs
-from toolchain.errors import RejectedError
+from toolchain.errors import ArtifactError, RecipeError, RejectedError
 from toolchain.measuring.report import Load, Report, write
 
 FAST = [0.1] * 10
@@ -90,8 +91,6 @@ def test_the_persons_table_has_the_inputs(tmp_path: Path) -> None:
 
 
 def test_bars_are_as_long_as_the_scores_and_titles_are_no_markup(tmp_path: Path) -> None:
-    from xml.etree import ElementTree
-
     reports = {
         "a.json": made_report(made_run(ttfts=FAST, itl_s=0.01), title="<ours> & more"),
         "b.json": made_report(made_run(ttfts=[0.4] * 10, itl_s=0.01), title="slow"),
@@ -99,13 +98,19 @@ def test_bars_are_as_long_as_the_scores_and_titles_are_no_markup(tmp_path: Path)
     }
     words = ("--price", "1", "--vendor", "Ours", "--threshold", "1s", "--plot", str(tmp_path / "bars.svg"))
     assert score(tmp_path, reports, *words).exit_code == 0
-    drawn = ElementTree.parse(tmp_path / "bars.svg").getroot()
-    bars = [one for one in drawn.iter("{http://www.w3.org/2000/svg}rect") if one.get("rx")]
-    widths = [float(bar.get("width") or 0) for bar in bars]
-    assert widths[1] / widths[0] == pytest.approx(1 / 4, abs=0.01)
-    assert widths[2] == 0
-    said = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
-    assert "<ours> & more" in said
+    drawn = Picture(tmp_path / "bars.svg")
+    assert drawn.width("bar-1") / drawn.width("bar-0") == pytest.approx(1 / 4, abs=0.01)
+    assert drawn.width("bar-2") == 0
+    assert {"<ours> & more", "beyond 1 s", "100 ms, $1/h Ours"} <= set(drawn.texts)
+
+
+@pytest.mark.parametrize("name", ["bars.pdf", "bars", "no/such/folder/bars.svg"])
+def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path: Path, name: str) -> None:
+    report = made_report(made_run(ttfts=FAST, itl_s=0.01))
+    result = score(tmp_path, {"a.json": report}, "--price", "1", "--vendor", "Ours", "--plot", str(tmp_path / name))
+    assert isinstance(result.exception, RecipeError | ArtifactError)
+    assert name in result.exception.message
+    assert not list(tmp_path.rglob("bars*"))
 
 
 OTHER = made_run(ttfts=FAST, itl_s=0.01)

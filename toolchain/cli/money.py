@@ -63,7 +63,7 @@ def _prices(_ctx: click.Context, param: click.Parameter, texts: tuple[str, ...])
 @click.option("--input-tokens", type=click.IntRange(min=1), help="Of a report of several runs, those of this prompt.")
 @click.option("--concurrency", type=click.IntRange(min=1), help="Of a report of several runs, this closed loop.")
 @click.option("--rate", type=float, help="Of a report of several runs, this open loop.")
-@click.option("--plot", type=PATH, metavar="FILE.svg", help="Draw the scores as bars.")
+@click.option("--plot", type=PATH, metavar="FILE.svg|png|html", help="Draw the scores as bars.")
 @click.option("--published", is_flag=True, help="Show FEDML's table beside it: published, not measured.")
 @common
 def score(
@@ -81,12 +81,16 @@ def score(
     """
     from dataclasses import asdict
 
+    from toolchain.drawing import check, save
     from toolchain.measuring import scoring
     from toolchain.measuring.report import read
+    from toolchain.measuring.score_figure import TITLE, score_figure
 
     if given["price"] and not given["vendor"]:
         raise click.UsageError("Say whose price it is: --vendor NAME")
     screen = open_screen(json_output, verbose)
+    if plot:
+        check(plot)
     load = f"concurrency {given['concurrency']}" if given["concurrency"] else None
     load = f"{given['rate']:g} requests/s" if given["rate"] else load
     read_ = {str(path): read(path) for path in reports}
@@ -103,33 +107,9 @@ def score(
     if beside:
         _show_published(screen, beside, scoring.published_source())
     if plot:
-        _draw(plot, rows, beside)
+        save([score_figure(rows, beside)], plot, title=TITLE)
         screen.say(f"Plot: {plot}")
     screen.emit({"rows": [asdict(one) for one in rows], "published": beside})
-
-
-def _draw(plot: Path, rows: list[Row], beside: list[dict[str, Any]]) -> None:
-    """The scores as bars, measured ones before published ones."""
-    from toolchain.errors import ArtifactError
-    from toolchain.measuring.bars import Bar, svg
-
-    bars = [
-        Bar(
-            one.title,
-            one.score,
-            f"{one.latency_s * 1000:.0f} ms, ${one.price.usd_per_hour:g}/h {one.price.vendor}",
-            True,
-        )
-        for one in rows
-    ]
-    bars += [Bar(one["title"], one["score"], "published, not measured", False) for one in beside]
-    first = rows[0]
-    asked = f"{first.statistic}, {first.input_tokens or 'mixed'} tokens in, {first.output_tokens or 'mixed'} out"
-    text = svg(bars, "services / (latency in s x price in $/h)", f"latency: {asked}, {first.load}")
-    try:
-        plot.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ArtifactError(f"{plot}: {error.strerror or error}", hint="give another place: --plot FILE.svg") from None
 
 
 def _price(report: Report, given: dict[str, Any]) -> Priced:
