@@ -11,6 +11,7 @@ facts/published_latency_fit.yaml alone; facts/published_latency_validation.yaml 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,20 +36,17 @@ from toolchain.planning.latency import (
     prefill,
     static_tokens_per_s,
 )
-from toolchain.planning.memory import memory_plan
+from toolchain.planning.memory import kv_bytes_per_token, memory_plan, parameters
 from toolchain.quantization import KV, WEIGHTS
 
 FIT, VALIDATION = "published_latency_fit", "published_latency_validation"
 ENGINE = "TensorRT-LLM"
 
-IN_FLIGHT_BATCH = 2048
-"""Sequences in flight at most: default of ``trtllm-build --max_batch_size`` since 0.11 (commands/build.py)."""
-
-IN_FLIGHT_TOKENS = 8192
-"""Tokens in one step: ``--max_num_tokens``, the default since 0.11."""
-
 KV_FRACTION = 0.95
 """Share of the memory left that NVIDIA's throughput tables give to the cache (perf-overview.md of 0.17 and 1.0)."""
+
+BENCH_BATCH, BENCH_TOKENS = (64, 4096), (2048, 32768)
+"""Least and most that trtllm-bench chooses as max_batch_size and max_num_tokens (see ``bench_limits``)."""
 
 FITTED_COMPUTE = (("Ampere", "fp16"), ("Ada", "fp8"), ("Hopper", "fp8"), ("Turing", "fp16"))
 ARCHITECTURES = ("Ampere", "Ada", "Hopper", "Turing")
@@ -58,6 +56,9 @@ what copying reaches; without it the fit hides errors of other terms in shares o
 
 AT_BOUND = 1e-3
 """A fitted value that moves no prediction by this much has reached its bound."""
+
+LARGEST = 30.0
+"""Of a number of the fitted vector: a share that far from 0.5 is 0 or 1 to a double's precision."""
 
 START = {"share": 0.6, "layer_s": 5e-5, "dequantization": 1.3, "latency_s": 2e-5}
 
@@ -89,17 +90,41 @@ class Row:
         if self.metric == "static_tokens_per_s":
             return static_tokens_per_s(self.deployment, *counts, using)
         tokens, output, requests = counts
-        return in_flight_tokens_per_s(self.deployment, self.sequences(tokens, output, requests), tokens, output, using)
+        return in_flight_tokens_per_s(self.deployment, self.sequences, tokens, output, using, requests=requests)
 
-    def sequences(self, tokens: int, output: int, requests: int) -> int:
+    @functools.cached_property
+    def sequences(self) -> int:
         """Requests at once: what the cache holds at full length, as no request is ever put off once it runs."""
-        made = self.deployment
-        limits = Limits(IN_FLIGHT_BATCH, tokens + output, tokens, IN_FLIGHT_TOKENS)
+        made, (tokens, output, requests) = self.deployment, (int(value) for value in self.values)
+        limits = bench_limits(made, tokens, output)
         found = memory_plan(made.config, made.weights, made.kv, limits, made.device, tp=made.tp, kv_tokens=0)
         assert found.available is not None
         cache = KV_FRACTION * max(0, found.available - found.total)
         fitting = int(cache / found.kv_bytes_per_token / (tokens + output))
-        return max(1, min(fitting, requests, IN_FLIGHT_BATCH))
+        return max(1, min(fitting, requests, limits.max_batch_size))
+
+
+def bench_limits(made: Deployment, tokens: int, output: int) -> Limits:
+    """The limits that ``trtllm-bench build --dataset`` gives an engine; NVIDIA's throughput tables are of such engines.
+
+    It takes all memory but the weights for the cache, and rounds up what that could hold. Sources: perf-overview.md
+    ("Engine Building") and tensorrt_llm/bench/build/tuning.py @04cba882 of TensorRT-LLM.
+    """
+    assert made.device.memory_bytes is not None
+    weights = parameters(made.config) * (made.weights.bits if made.weights.quant_algo else 16) / 8
+    per_token = kv_bytes_per_token(made.config, made.kv, tp=made.tp) * made.tp
+    holds = KV_FRACTION * (made.device.memory_bytes * made.tp - weights) / per_token / (tokens + output)
+    batch = min(holds, BENCH_BATCH[1])
+    in_step = min(batch * (1 + tokens / output), BENCH_TOKENS[1])
+    max_batch = max(BENCH_BATCH[0], _round_up(batch, {256: 32, 1024: 128, math.inf: 256}))
+    max_tokens = max(BENCH_TOKENS[0], _round_up(in_step, {4096: 256, 8192: 512, math.inf: 1024}))
+    return Limits(max_batch, tokens + output, tokens, max_tokens)
+
+
+def _round_up(value: float, multiples: Mapping[float, int]) -> int:
+    """Up to the multiple that belongs to the first bound above ``value``."""
+    to = next(to for below, to in multiples.items() if value < below)
+    return math.ceil(value / to) * to
 
 
 def rows(name: str) -> list[Row]:
@@ -146,6 +171,7 @@ def error(row: Row, using: Factors) -> float:
 
 
 def _unpack(vector: Vector) -> Factors:
+    vector = np.clip(vector, -LARGEST, LARGEST)
     shares = 1 / (1 + np.exp(-vector[:10]))
     shares[4:8] *= MEMORY_MOST
     prefill_s, decode_s, unpacking, nvlink_s, pcie_s = (float(value) for value in np.exp(vector[10:]))

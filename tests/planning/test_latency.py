@@ -33,6 +33,7 @@ from toolchain.planning.latency import (
     unpacks,
 )
 from toolchain.quantization import KV, WEIGHTS
+from toolchain.release import order, releases
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -146,6 +147,19 @@ def test_no_estimate_is_below_its_floor_and_more_work_never_takes_less(
     assert in_flight_tokens_per_s(made, batch + 1, tokens, 64) > in_flight_tokens_per_s(made, batch, tokens, 64)
 
 
+def test_a_run_of_whole_waves_is_as_fast_as_the_steady_state_and_a_wave_of_leftovers_costs() -> None:
+    made = on("h100", "fp8", "fp8")
+    steady = in_flight_tokens_per_s(made, 64, 512, 512)
+    whole = in_flight_tokens_per_s(made, 64, 512, 512, requests=640)
+    left_over = in_flight_tokens_per_s(made, 64, 512, 512, requests=641)
+    assert whole == pytest.approx(steady)
+    assert left_over < whole
+    # the last wave is a batch of its own: fewer requests than places are no more than that many in flight
+    assert in_flight_tokens_per_s(made, 64, 512, 512, requests=8) == pytest.approx(
+        in_flight_tokens_per_s(made, 8, 512, 512)
+    )
+
+
 def test_a_static_batch_is_its_prefill_and_its_steps() -> None:
     made = on("a100")
     steps = 99 * decode(made, 8, 1000 + 50).total_s
@@ -175,6 +189,11 @@ def script() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def held_out(script: Any) -> Any:
     return [row for row in script.rows(script.VALIDATION) if row.table["engine"] == script.ENGINE]
+
+
+def is_supported(row: Any) -> bool:
+    """Whether the value is of a release that we plan for, by its number."""
+    return order(row.table["release"]) >= min(map(order, releases()))
 
 
 def errors(script: Any, rows: Any, *metrics: str) -> tuple[int, float, float]:
@@ -211,23 +230,42 @@ def test_a_prediction_of_ttft_and_itl_is_within_15_percent_mostly_and_35_at_wors
         assert worst <= 0.35
 
 
-def test_throughput_is_within_15_percent_mostly_but_not_within_35_at_worst(script: Any, held_out: Any) -> None:
-    # What is reached, held so that it gets no worse. The goal of 35 % at worst is not reached: an H100 that Llama-70B
-    # nearly fills has room for more sequences than our memory plan admits, ...
-    _, median, worst = errors(script, held_out, "in_flight_tokens_per_s")
+def test_throughput_in_flight_is_within_15_percent_mostly_and_35_at_worst(script: Any, held_out: Any) -> None:
+    count, median, worst = errors(script, held_out, "in_flight_tokens_per_s")
+    assert count >= 180
     assert median <= 0.15
-    assert worst <= 0.52
-    roomy = [
-        row for row in held_out if (row.table["gpu"], row.deployment.tp) != ("h100", 1) or "70B" not in str(row.table)
-    ]
-    assert errors(script, roomy, "in_flight_tokens_per_s")[2] <= 0.35
-    # ... and before 0.10 attention of models with fewer KV heads read the cache as if they had them all, except where
-    # a flag was set (TensorRT-LLM docs/source/performance.md of 0.8: TRTLLM_ENABLE_XQA).
-    _, median, worst = errors(script, held_out, "static_tokens_per_s")
+    assert worst <= 0.35
+
+
+def test_every_held_out_value_of_a_release_that_we_support_is_within_35_percent(script: Any, held_out: Any) -> None:
+    supported = [row for row in held_out if is_supported(row)]
+    assert len(supported) > 190
+    assert max(script.error(row, factors()) for row in supported) <= 0.35
+
+
+def test_static_batches_miss_only_where_kv_heads_were_not_shared(script: Any, held_out: Any) -> None:
+    # Static batches are of releases that we do not support. What is reached is held so that it gets no worse: before
+    # 0.10 attention of models with fewer KV heads read the cache as if they had them all, except where a flag was set
+    # (TensorRT-LLM docs/source/performance.md of 0.8: TRTLLM_ENABLE_XQA), and no fitted row shows that kernel.
+    static = [row for row in held_out if row.metric == "static_tokens_per_s"]
+    assert not [row for row in static if is_supported(row)]
+    _, median, worst = errors(script, static, "static_tokens_per_s")
     assert median <= 0.15
-    assert worst <= 0.90
-    all_heads = [row for row in held_out if row.deployment.config.num_heads == row.deployment.config.num_kv_heads]
-    assert errors(script, all_heads, "static_tokens_per_s")[2] <= 0.35
+    assert worst <= 0.92
+    missed = [row.deployment.config for row in static if script.error(row, factors()) > 0.35]
+    assert all(config.num_kv_heads < config.num_heads for config in missed)
+
+
+def test_limits_of_a_benchmarked_engine_are_those_that_trtllm_bench_computes(script: Any) -> None:
+    # By hand from tensorrt_llm/bench/build/tuning.py @04cba882. Llama-3.1-70B in FP8 on an H100: 95 % of 85.5 GB less
+    # 70.6 GB hold 39 sequences of 2176 tokens at 160 KiB: least batch, least tokens. Llama-3.1-8B on an H200: 8081 of
+    # 256 tokens at 64 KiB: most batch, and twice as many tokens in a step.
+    made = on("h100", "fp8", "fp8", config=model("meta-llama/Llama-3.1-70B"))
+    limits = script.bench_limits(made, 128, 2048)
+    assert (limits.max_batch_size, limits.max_num_tokens, limits.max_seq_len) == (64, 2048, 2176)
+    made = on("h200", "fp8", "fp8", config=model("meta-llama/Llama-3.1-8B"))
+    limits = script.bench_limits(made, 128, 128)
+    assert (limits.max_batch_size, limits.max_num_tokens) == (4096, 8192)
 
 
 def test_the_errors_that_a_plan_states_are_those_of_the_held_out_tables(script: Any, held_out: Any) -> None:

@@ -284,21 +284,31 @@ def static_tokens_per_s(made: Deployment, batch: int, tokens: int, output: int, 
 
 
 def in_flight_tokens_per_s(
-    made: Deployment, sequences: int, tokens: int, output: int, using: Factors | None = None
+    made: Deployment,
+    sequences: int,
+    tokens: int,
+    output: int,
+    using: Factors | None = None,
+    requests: int | None = None,
 ) -> float:
     """Output tokens per second of all GPUs, with ``sequences`` requests always in flight, each at its own place.
 
     A request costs its prompt's computing, which joins steps that run anyway, and its share of ``output`` steps. With
-    pp the sequences are in ``pp`` groups, one in each stage.
+    pp the sequences are in ``pp`` groups, one in each stage. ``requests``: of a run of so many equal ones, all waiting
+    at its start: they go through in waves of ``sequences``, and what is left over is a wave with fewer.
     """
     known = using or factors()
-    per_stage = max(1, sequences // made.pp)
-    step_s = decode(made, per_stage, tokens + output // 2, known).total_s
     prompt_s = _prefill_compute_s(made, tokens, 1, known)
     prompt_s += activation_traffic(made, tokens) / _bandwidth(made, known)
     if made.tp > 1:
         prompt_s += _link_s(made, tokens, known) - _link_s(made, 0, known)
-    return output / (prompt_s / made.pp + output * step_s / max(sequences, per_stage))
+
+    def step_s(at_once: int) -> float:
+        return decode(made, max(1, at_once // made.pp), tokens + output // 2, known).total_s
+
+    full, rest = divmod(requests or sequences, sequences)
+    waves_s = full * step_s(sequences) + (step_s(rest) if rest else 0.0)
+    return output / (prompt_s / made.pp + output * waves_s / max(full * sequences + rest, made.pp))
 
 
 def in_flight_ceiling(made: Deployment, sequences: int, tokens: int, output: int) -> float:
