@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,9 @@ from toolchain.errors import PlanError, RecipeError, ScalellmError
 if TYPE_CHECKING:
     from toolchain.console import Screen
     from toolchain.planning.choice import Choice
+    from toolchain.planning.choice_table import Sheet
     from toolchain.planning.option import Asked
+    from toolchain.planning.plan import Plan
 
 
 @click.command()
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 @click.option("--device", "names", metavar="DEVICE[,DEVICE]|all", help="Instead of the recipe's; several are compared.")
 @click.option("--goal", type=click.Choice(GOALS), help="Compare formats and devices: what is wanted most.")
 @choice_flags
+@click.option("--plot", type=PATH, metavar="FILE.svg|png|html", help="Draw memory, time to first token and score.")
 @click.option("--explain", is_flag=True, help="Say where the rule behind each decision comes from.")
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of what --json prints.")
 @common
@@ -39,6 +43,7 @@ def plan(
     work: Path,
     names: str | None,
     goal: str | None,
+    plot: Path | None,
     explain: bool,
     schema: bool,
     json_output: bool,
@@ -53,33 +58,40 @@ def plan(
     \b
     Examples:
       scalellm plan --recipe t4
-      scalellm plan --recipe llama2-13b --device all --goal cost --slo ttft=1s,itl=50ms
+      scalellm plan --recipe llama2-13b --device all --goal cost --slo ttft=1s,itl=50ms --plot plan.html
       scalellm plan --model meta-llama/Llama-2-13b-chat-hf --device rtx4090,l4 --services auto --price l4=0.6
     """
     screen = open_screen(json_output, verbose)
     wished = Wish(**wish)
     if schema:
-        from toolchain.planning import plan_schema
-
-        click.echo(json.dumps(plan_schema.schema(), indent=2))
+        _print_schema()
         return
     if recipe is None and model is None:
         raise click.UsageError("Name a recipe (--recipe) or a model (--model).")
+    _check_plot(plot)
     several = names is not None and ("," in names or names == "all")
     if recipe is not None and not (goal or wished.given or several):
         try:
             job = open_job(screen, recipe, model, work, target=names)
         except PlanError as error:
-            raise _with_alternative(error, screen, recipe, model, work, names) from error
+            asked = _asked_of(screen, recipe, model, work, names)
+            if asked and plot:
+                _draw_refused(screen, plot, asked)
+            raise _with_alternative(error, asked) from error
         screen.emit({**job.plan.to_json(), "build_peaks": [vars(peak) for peak in job.peaks]})
         screen.plan(job.plan, job.source, job.peaks, explain=explain)
+        if plot:
+            _draw_plan(screen, plot, job.plan, _asked_of(screen, recipe, model, work, names))
         return
     asked, devices = asked_for(screen, recipe, model, work, names, wished)
     choice = _choose(asked, devices, goal or "ttft")
     screen.emit(choice.to_json())
     from toolchain.planning.choice_table import sheet
 
-    screen.sheet_of(sheet(choice, asked.prices, every=verbose > 0))
+    shown = sheet(choice, asked.prices, every=verbose > 0)
+    screen.sheet_of(shown)
+    if plot:
+        _draw_choice(screen, plot, choice, asked, shown)
     if choice.best is None:
         screen.note("error: nothing of this fits" + _nearest(choice))
         sys.exit(PlanError.exit_code)
@@ -88,21 +100,72 @@ def plan(
         screen.plan(choice.best.plan, asked.recipe.model, explain=True)
 
 
-def _with_alternative(
-    error: PlanError, screen: Screen, recipe: str, model: str | None, work: Path, name: str | None
-) -> PlanError:
-    """The refusal of a recipe, with what works that is most like it; as it was where nothing does."""
-    from toolchain.planning.alternative import alternative, told
+def _print_schema() -> None:
+    from toolchain.planning import plan_schema
+
+    click.echo(json.dumps(plan_schema.schema(), indent=2))
+
+
+def _check_plot(file: Path | None) -> None:
+    from toolchain.drawing import check
+
+    if file:
+        check(file)
+
+
+def _asked_of(screen: Screen, recipe: str, model: str | None, work: Path, name: str | None) -> Asked | None:
+    """What the recipe asks for on its device, with nothing wished beside it; None where that itself is refused."""
     from toolchain.variant import for_device
 
     try:
         asked, devices = asked_for(screen, recipe, model, work, name, Wish())
-        asked = replace(asked, recipe=for_device(asked.recipe, devices[0]))
-        found = alternative(asked)
+        return replace(asked, recipe=for_device(asked.recipe, devices[0]))
+    except ScalellmError:
+        return None
+
+
+def _with_alternative(error: PlanError, asked: Asked | None) -> PlanError:
+    """The refusal of a recipe, with what works that is most like it; as it was where nothing does."""
+    from toolchain.planning.alternative import alternative, told
+
+    try:
+        found = alternative(asked) if asked else None
     except ScalellmError:
         return error
-    hint = "\n".join(filter(None, (error.hint, told(found, asked.recipe) if found else "")))
+    hint = "\n".join(filter(None, (error.hint, told(found, asked.recipe) if found and asked else "")))
     return PlanError(error.message, hint=hint, reasons=error.reasons)
+
+
+def _draw_plan(screen: Screen, file: Path, plan: Plan, asked: Asked | None) -> None:
+    from toolchain.drawing import plans, save
+    from toolchain.planning.option import options
+
+    if asked is None:
+        return
+    figures = list(plans.plan_figures(plan, asked, list(options(asked, plan.device.name))))
+    save(figures, file, title=f"{plan.recipe.name}: {asked.recipe.model} on the {plan.device.title}")
+    screen.say(f"Plot: {file}")
+
+
+def _draw_refused(screen: Screen, file: Path, asked: Asked) -> None:
+    """The memory of a recipe that does not fit; nothing where it is refused for another reason."""
+    from toolchain.drawing import plans, save
+    from toolchain.planning.plan import memory_of
+
+    with suppress(PlanError):
+        memory = memory_of(asked.recipe, asked.config, draft=asked.draft, host_memory_bytes=asked.host_memory_bytes)
+        title = f"{asked.recipe.name}: {asked.recipe.model} does not fit"
+        save(plans.refused_figures(asked, memory), file, title=title)
+        screen.note(f"Plot: {file}")
+
+
+def _draw_choice(screen: Screen, file: Path, choice: Choice, asked: Asked, shown: Sheet) -> None:
+    from toolchain.drawing import Table, plans, save
+
+    rows = Table("What was compared", shown.columns, shown.rows, shown.title, frozenset({0, 1, 2, 3, 14, 15}))
+    title = f"{asked.recipe.model}: where and how to serve it"
+    save([*plans.choice_figures(choice, asked), rows], file, title=title, about=[shown.title])
+    screen.say(f"Plot: {file}")
 
 
 def _nearest(choice: Choice) -> str:

@@ -4,7 +4,8 @@
     save([figure], Path("score.html"), title="Economic score")
 
 ``chart`` holds what can be drawn, ``palette`` the one style, ``canvas`` and its neighbors how it is drawn, ``page`` the
-HTML. matplotlib is imported when something is drawn, and nowhere else. What the numbers mean is not known here.
+HTML. matplotlib is imported when something is drawn, and nowhere else. What the numbers mean is not known here, but
+for ``plans``, which turns plans and comparisons into figures.
 """
 
 from toolchain.drawing.chart import Bar, Bars, Figure, Level, Line, Lines, Part, Stack, Stacks, Table

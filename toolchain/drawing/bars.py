@@ -30,7 +30,7 @@ def draw(canvas: Canvas, chart: Bars, x: float, y: float, width: float) -> None:
     left = x + names + (0 if narrow else 12)
     behind = max((_behind(bar, below=narrow) for bar in chart.bars), default=0)
     room = max(x + width - left - behind - _GAP, _LEAST_BARS * width)
-    most = max((bar.value for bar in chart.bars if bar.value is not None), default=0) or 1.0
+    most = max(map(_end, chart.bars), default=0) or 1.0
     step = _NAMED_STEP if narrow else _STEP
     for index, bar in enumerate(chart.bars):
         middle = y + step * index + (step - _THICK / 2 - 8 if narrow else step / 2)
@@ -40,6 +40,9 @@ def draw(canvas: Canvas, chart: Bars, x: float, y: float, width: float) -> None:
             canvas.text(left - 12, middle, cut(bar.name, names), place="right")
         size = room * (bar.value or 0.0) / most
         canvas.box(left, middle - _THICK / 2, size, _THICK, shade(bar.color, 0), round_=3, gid=f"bar-{index}")
+        if bar.low is not None and bar.high is not None:
+            _whisker(canvas, left + room * bar.low / most, left + room * bar.high / most, middle)
+            size = room * _end(bar) / most
         at = left + size + (_GAP if size or not narrow else 0)
         canvas.text(at, middle, bar.label, bold=bar.value is not None, tone=_tone(bar))
         if not narrow:
@@ -47,6 +50,16 @@ def draw(canvas: Canvas, chart: Bars, x: float, y: float, width: float) -> None:
             canvas.text(at, middle, cut(bar.note, x + width - at, SMALL), tone=SOFT, size=SMALL)
     if not narrow:
         canvas.line((left - 0.5, left - 0.5), (y, y + height(chart, width)), GRID)
+
+
+def _end(bar: Bar) -> float:
+    return max(bar.value or 0.0, bar.high or 0.0)
+
+
+def _whisker(canvas: Canvas, low: float, high: float, middle: float) -> None:
+    canvas.line((low, high), (middle, middle), INK, wide=1.2)
+    for end in (low, high):
+        canvas.line((end, end), (middle - 4, middle + 4), INK, wide=1.2)
 
 
 def _tone(bar: Bar) -> Tone:

@@ -43,7 +43,7 @@ _Place = Literal["left", "center", "right"]
 
 @dataclass(frozen=True)
 class Key:
-    """One entry of a legend. ``kind``: a box, a line, a dashed line, a band, a level or a track."""
+    """One entry of a legend. ``kind``: a box, a track, a line, a faint, dashed or level line, a band."""
 
     text: str
     tone: Tone
@@ -220,8 +220,8 @@ class Canvas:
             self.line(ends, sides, key.tone, wide=1.4, style="--")
         elif key.kind == "level":
             self.line(ends, sides, key.tone, wide=1.4, style="-.")
-        elif key.kind == "line":
-            self.line(ends, sides, key.tone, wide=2.0)
+        elif key.kind in ("line", "faint"):
+            self.line(ends, sides, key.tone, wide=2.0 if key.kind == "line" else 1.2)
             self.line((x + 10,), (y,), key.tone, marker=key.marker)
 
     def png(self) -> bytes:

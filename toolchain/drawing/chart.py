@@ -26,6 +26,9 @@ class Bar:
     label: str
     note: str = ""
     color: int = 0
+    low: float | None = None
+    high: float | None = None
+    """Where given, a thin line: how far the value may be off."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ class Line:
     color: int = 0
     marked: tuple[float, ...] = ()
     """x of the points that get a marker; a line of a few points marks all of them."""
+    faint: bool = False
+    """For what is not to be had."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import isclose
 from typing import Any
 
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
@@ -14,11 +16,17 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 """By color, so that lines can be told apart without it."""
 _FEW = 12
 """A line of at most so many points has a marker at each."""
+_SAME = 0.005
+"""Floors that are closer are one."""
+_BAND, _THIN_BAND = 0.14, 0.08
+"""How much of a band's color is seen: less where many lie on each other."""
 _LEFT, _TOP, _BOTTOM = 56.0, 24.0, 46.0
 
 
 def keys(chart: Lines) -> list[Key]:
-    found = [Key(line.name, shade(line.color, 0), "line", _marker(line)) for line in chart.lines]
+    found = [
+        Key(line.name, shade(line.color, 0), "faint" if line.faint else "line", _marker(line)) for line in chart.lines
+    ]
     if chart.band and any(line.low for line in chart.lines):
         found.append(Key(chart.band, SERIES[GRAY], "band"))
     if chart.floor and any(line.floor for line in chart.lines):
@@ -39,31 +47,47 @@ def draw(canvas: Canvas, chart: Lines, x: float, y: float, width: float) -> None
     canvas.text(x, y + 8, chart.y_axis, tone=SOFT, size=SMALL)
     axes = canvas.axes(x + _LEFT, y + _TOP, width - _LEFT - 14, tall - _TOP - _BOTTOM)
     _scales(axes, chart)
+    shown = _BAND if len(chart.lines) <= 3 else _THIN_BAND
     for index, line in enumerate(chart.lines):
-        _line(axes, line, index)
+        _floor(axes, line, index, chart.lines[:index])
+        _line(axes, line, index, 0.0 if line.faint else shown)
     for level in chart.levels:
         axes.axhline(level.value, color=BAD.light, linewidth=1.4, linestyle="-.", zorder=4)
     _frame(axes, chart)
     canvas.text(x + width - 14, y + tall - 12, chart.x_axis, tone=SOFT, size=SMALL, place="right")
 
 
-def _line(axes: Any, line: Line, index: int) -> None:
+def _floor(axes: Any, line: Line, index: int, before: Sequence[Line]) -> None:
+    """Dashed, where no earlier floor lies already: dashes over dashes would be no dashes."""
+    drawn = [dict(zip((x for x, _ in one.points), one.floor, strict=True)) for one in before if one.floor]
+    there = [any(isclose(y, one.get(x, 0.0), rel_tol=_SAME) for one in drawn) for (x, _), y in _floored(line)]
+    hidden = [here and all(there[max(0, at - 1) : at + 2]) for at, here in enumerate(there)]
+    ys = [float("nan") if gone else y for (_, y), gone in zip(_floored(line), hidden, strict=True)]
+    if not all(hidden):
+        color = SERIES[line.color % len(SERIES)].light
+        xs = [x for (x, _), _ in _floored(line)]
+        axes.plot(xs, ys, color=color, linewidth=1.4, linestyle=(0, (4, 3)), zorder=2, gid=f"floor-{index}")
+
+
+def _floored(line: Line) -> list[tuple[tuple[float, float], float]]:
+    return list(zip(line.points, line.floor, strict=True)) if line.floor else []
+
+
+def _line(axes: Any, line: Line, index: int, band: float) -> None:
     color = SERIES[line.color % len(SERIES)].light
     xs, ys = zip(*line.points, strict=True) if line.points else ((), ())
-    if line.low:
-        axes.fill_between(xs, line.low, line.high, color=color, alpha=0.13, linewidth=0, zorder=1)
-    if line.floor:
-        axes.plot(xs, line.floor, color=color, linewidth=1.4, linestyle=(0, (4, 3)), zorder=2, gid=f"floor-{index}")
+    if line.low and band:
+        axes.fill_between(xs, line.low, line.high, color=color, alpha=band, linewidth=0, zorder=1)
     marked = line.marked or (xs if len(xs) <= _FEW else ())
     every = [number for number, value in enumerate(xs) if value in marked]
     axes.plot(
         xs,
         ys,
         color=color,
-        linewidth=2.2,
+        linewidth=1.2 if line.faint else 2.2,
         marker=_marker(line) if every else "None",
         markevery=every or None,
-        markersize=6.5,
+        markersize=4.5 if line.faint else 6.5,
         markeredgecolor=PAPER.light,
         markeredgewidth=1,
         zorder=3,

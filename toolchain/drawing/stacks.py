@@ -45,7 +45,7 @@ def draw(canvas: Canvas, chart: Stacks, x: float, y: float, width: float) -> Non
     left = x + named + (0 if narrow else 14)
     behind = 0.0 if narrow else max(width_of(one.label, SMALL, bold=one.bad) for one in chart.stacks) + 14
     most = max(max(sum(part.value for part in one.parts), one.limit or 0) for one in chart.stacks) or 1.0
-    scale = (x + width - left - behind) / most
+    scale = (x + width - left - behind - 2) / most
     step = _step(chart, width)
     bottom = y + step * len(chart.stacks)
     _axis(canvas, chart, left, y, bottom, scale, most)

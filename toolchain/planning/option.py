@@ -7,6 +7,7 @@ between tokens allow. It compares nothing: ``choice`` does. Speed is estimated, 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,9 +17,9 @@ from toolchain.errors import PlanError, RecipeError
 from toolchain.family import LlamaConfig
 from toolchain.planning.decisions import Notes, check_formats
 from toolchain.planning.load import VERDICTS, Load, Slo, Speed, speed_of
-from toolchain.planning.memory import WEIGHT_LINES
+from toolchain.planning.memory import WEIGHT_LINES, MemoryPlan
 from toolchain.planning.money import Score, score, tokens_per_usd
-from toolchain.planning.plan import Plan, make_plan
+from toolchain.planning.plan import Plan, make_plan, memory_of
 from toolchain.planning.price_list import PriceList
 from toolchain.quantization import KV, WEIGHTS
 from toolchain.recipe import Quantization, Recipe, RecipeLimits
@@ -179,6 +180,26 @@ def _recipe(asked: Asked, base: Recipe, target: Device, weights: str, kv: str, s
             "backend": base.backend if backend in (base.backend, target.backends[0]) else backend,
         }
     )
+
+
+def memory_needed(asked: Asked, one: Option) -> MemoryPlan | None:
+    """The memory of an option, also of one that does not fit, for which the least counts: one sequence at a time.
+
+    None where it is refused for another reason than its memory.
+    """
+    if one.plan:
+        return one.plan.memory
+    if not one.why_not.startswith("memory: "):
+        return None
+    target = device(one.device)
+    base = for_device(asked.recipe, one.device)
+    for backend in _backends(target, base):
+        recipe = _recipe(asked, base, target, one.weights, one.kv, one.services, backend)
+        limits = recipe.limits.model_copy(update={"max_batch_size": 1})
+        known: dict[str, Any] = {"draft": asked.draft, "host_memory_bytes": asked.host_memory_bytes}
+        with suppress(PlanError):
+            return memory_of(recipe.model_copy(update={"limits": limits}), asked.config, **known)
+    return None
 
 
 def _check(target: Device, weights: str, kv: str, backend: str) -> None:

@@ -160,6 +160,25 @@ class Plan:
         }
 
 
+@dataclass(frozen=True)
+class _Shape:
+    """What is decided before memory and speed are looked at."""
+
+    recipe: Recipe
+    target: Device
+    backend: str
+    release: Release | None
+    weights: WeightScheme
+    kv: KvScheme
+    group_size: int | None
+    dtype: str
+    limits: Limits
+    fused: bool
+    paged: bool
+    window: KvWindow | None
+    speculation: Speculation | None
+
+
 def make_plan(
     recipe: Recipe, config: LlamaConfig, *, draft: LlamaConfig | None = None, host_memory_bytes: int | None = None
 ) -> Plan:
@@ -169,6 +188,63 @@ def make_plan(
     without it, a CPU's memory counts as enough.
     """
     notes = Notes()
+    shape = _shape(recipe, config, draft, notes)
+    recipe, target, backend, release = shape.recipe, shape.target, shape.backend, shape.release
+    weights, kv, limits, window = shape.weights, shape.kv, shape.limits, shape.window
+    memory = _memory(shape, config, host_memory_bytes, notes)
+    _explain(recipe, weights, kv, target, memory, notes)
+    calibrates = rules.choose_calibration(recipe, config, weights, kv, backend, notes)
+    gate = choose_gate(weights, kv, target, backend, release, notes)
+    notes.raise_if_refused(recipe.name)
+    notes.warnings.extend(_warnings(recipe, weights, kv, target, backend, release))
+    made = _deployment(recipe, config, weights, kv, target, window, fused=shape.fused)
+    drafted = shape.speculation is not None
+    return Plan(
+        recipe=recipe,
+        config=config,
+        device=target,
+        backend=backend,
+        release=release,
+        weights=weights,
+        group_size=shape.group_size,
+        kv=kv,
+        dtype=shape.dtype,
+        limits=limits,
+        tp=recipe.parallel.tp,
+        pp=recipe.parallel.pp,
+        services=recipe.services,
+        context_fmha=shape.fused,
+        paged_context_fmha=shape.paged,
+        window=window,
+        speculation=shape.speculation,
+        calibrates=calibrates,
+        gate=gate,
+        memory=memory,
+        deployment=made,
+        latency=forecast(made, limits, memory.sequences_at_full_length, drafted=drafted) if made else None,
+        prices=prices(target.name),
+        decisions=tuple(notes.decisions),
+        warnings=tuple(notes.warnings),
+    )
+
+
+def memory_of(
+    recipe: Recipe, config: LlamaConfig, *, draft: LlamaConfig | None = None, host_memory_bytes: int | None = None
+) -> MemoryPlan:
+    """The memory that ``make_plan`` looks at, whether it fits or not. Raises PlanError for what is refused before."""
+    notes = Notes()
+    shape = _shape(recipe, config, draft, notes)
+    notes.raise_if_refused(recipe.name)
+    return _memory(shape, config, host_memory_bytes, notes)
+
+
+def _memory(shape: _Shape, config: LlamaConfig, host: int | None, notes: Notes) -> MemoryPlan:
+    cache = Cache(shape.window, shape.speculation)
+    known = (shape.weights, shape.kv, shape.limits, shape.target)
+    return capacity(shape.recipe, config, *known, notes, cache, fused=shape.fused, host=host)
+
+
+def _shape(recipe: Recipe, config: LlamaConfig, draft: LlamaConfig | None, notes: Notes) -> _Shape:
     target = device(recipe.device)
     recipe, chosen = settle(recipe)
     about = f"{target.title}{rules.with_sm(target)}, {target.arch}"
@@ -193,41 +269,8 @@ def make_plan(
         check_reuse(weights, kv, window, fused=fused, fp8_fused=fp8_fused, notes=notes)
     rules.check_shapes(recipe, config, group_size, target, notes)
     rules.check_loader(recipe, config, weights, group_size, backend, notes)
-    cache = Cache(window, speculation)
-    memory = capacity(recipe, config, weights, kv, limits, target, notes, cache, fused=fused, host=host_memory_bytes)
-    _explain(recipe, weights, kv, target, memory, notes)
-    calibrates = rules.choose_calibration(recipe, config, weights, kv, backend, notes)
-    gate = choose_gate(weights, kv, target, backend, release, notes)
-    notes.raise_if_refused(recipe.name)
-    notes.warnings.extend(_warnings(recipe, weights, kv, target, backend, release))
-    made = _deployment(recipe, config, weights, kv, target, window, fused=fused)
-    drafted = speculation is not None
-    return Plan(
-        recipe=recipe,
-        config=config,
-        device=target,
-        backend=backend,
-        release=release,
-        weights=weights,
-        group_size=group_size,
-        kv=kv,
-        dtype=dtype,
-        limits=limits,
-        tp=recipe.parallel.tp,
-        pp=recipe.parallel.pp,
-        services=recipe.services,
-        context_fmha=fused,
-        paged_context_fmha=paged,
-        window=window,
-        speculation=speculation,
-        calibrates=calibrates,
-        gate=gate,
-        memory=memory,
-        deployment=made,
-        latency=forecast(made, limits, memory.sequences_at_full_length, drafted=drafted) if made else None,
-        prices=prices(target.name),
-        decisions=tuple(notes.decisions),
-        warnings=tuple(notes.warnings),
+    return _Shape(
+        recipe, target, backend, release, weights, kv, group_size, dtype, limits, fused, paged, window, speculation
     )
 
 
