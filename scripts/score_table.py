@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from toolchain import workspace
-from toolchain.device import Price, device, prices
+from toolchain.device import Price, device
 from toolchain.planning.money import (
     ANCHORS,
     PriceSet,
@@ -21,6 +21,7 @@ from toolchain.planning.money import (
     estimated_prompt,
     predicted_s,
     price_sets,
+    prices_then,
     published_rows,
     score,
 )
@@ -45,8 +46,9 @@ def _head() -> Iterator[str]:
     yield ""
     yield "Written by `python scripts/score_table.py --write`; a test compares. Scores and claims are those of"
     yield f"[FEDML's page]({facts['source']}),"
-    yield "which prints neither latencies nor prices; prices are those of `toolchain/facts/prices.yaml`, each with"
-    yield "vendor, date and source. We measured nothing: what follows is arithmetic, and estimates where it says so."
+    yield "which prints neither latencies nor prices; prices are those of `toolchain/facts/prices.yaml` until"
+    yield f"{facts['prices_until']}, each with vendor, date and source. We measured nothing: what follows is"
+    yield "arithmetic, and estimates where it says so."
     yield ""
     yield f"    score = services / (latency in s x price in $ per hour), latency <= {facts['threshold_s']} s"
 
@@ -138,14 +140,14 @@ def _predictions() -> Iterator[str]:
         yield f"| {row.title} | {row.weights}, {row.kv} | {times} |"
     yield ""
     yield f"Scores that follow for {EXAMPLE_PROMPT} tokens: with {_named(EXAMPLE)};"
-    yield "and with each GPU's cheapest price on demand, which shows how much of a score is the choice of prices."
+    yield "and with each GPU's cheapest price on demand then, which shows how much of a score is the choice of prices."
     yield "Prompt and prices of the first were chosen because they agree with the published scores: that is no proof of"
     yield "either."
     yield ""
     yield "| row | published | these prices | cheapest on demand |"
     yield "|--|--|--|--|"
     for row in _ours():
-        cheapest = min(price.usd_per_hour for price in prices(row.device) if price.kind == "on-demand")
+        cheapest = min(price.usd_per_hour for price in prices_then(row.device) if price.kind == "on-demand")
         yield f"| {row.title} | {row.score:.2f} | {_score(row, EXAMPLE[row.device])} | {_score(row, cheapest)} |"
 
 

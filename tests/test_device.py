@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+
 import pytest
 
 from toolchain.device import device, devices, prices
@@ -76,19 +78,25 @@ def test_every_price_names_a_known_device_its_vendor_date_and_source() -> None:
     found = [price for name in devices() for price in prices(name)]
     assert len(found) >= 20
     for price in found:
-        assert 0.05 < price.usd_per_hour < 50
+        assert 0.01 < price.usd_per_hour < 50
         assert price.kind in ("on-demand", "spot")
         assert price.vendor
         assert price.offer
         assert price.source
-        assert "2023" <= price.date[:4] <= "2024"
+        assert datetime.date(2023, 1, 1) <= datetime.date.fromisoformat(price.date) <= datetime.date.today()
 
 
 def test_prices_come_cheapest_first_and_may_be_none() -> None:
     a100 = [price.usd_per_hour for price in prices("a100-80gb")]
     assert a100 == sorted(a100)
     assert {0.89, 1.69, 3.67, 5.12} <= set(a100)
-    assert prices("rtx5090") == ()
+    assert prices("no such device") == ()
+
+
+def test_every_gpu_has_a_price_on_demand() -> None:
+    for entry in devices().values():
+        if not entry.is_cpu:
+            assert any(price.kind == "on-demand" for price in prices(entry.name)), entry.name
 
 
 def test_backends_of_devices_and_their_formats_are_known() -> None:

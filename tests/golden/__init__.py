@@ -166,7 +166,7 @@ def choice_text() -> str:
     """The table of four devices for the blog's model, at a day and with public prices, a line a row."""
     recipe = load_recipe("llama2-13b", search=[workspace.shipped("recipes")])
     asked = Asked(recipe.model_copy(update={"model": MODEL}), _config(), Load(1024, 256), Slo(1.0, 0.08))
-    made = choose(asked, ["rtx4090", "l4", "t4", "a100-80gb"], "cost", datetime.date(2024, 9, 1))
+    made = choose(asked, ["rtx4090", "l4", "t4", "a100-80gb"], "cost", datetime.date(2026, 11, 22))
     drawn = sheet(made, PriceList())
     rows = [drawn.columns, *drawn.rows]
     return "\n".join([drawn.title, *(" | ".join(row) for row in rows), "", *drawn.notes, ""])

@@ -64,7 +64,7 @@ def test_break_even_makes_both_scores_equal(tmp_path: Path) -> None:
 def test_the_table_of_prices_is_asked_by_vendor(tmp_path: Path) -> None:
     report = made_report(made_run(ttfts=FAST, itl_s=0.01))
     found = rows(score(tmp_path, {"a.json": report}, "--vendor", "runpod", "--json"))[0]
-    assert (found["price"]["usd_per_hour"], found["price"]["date"]) == (0.64, "2024-02-01")
+    assert (found["price"]["usd_per_hour"], found["price"]["date"]) == (0.34, "2026-09-25")
 
 
 def test_the_statistic_is_the_one_that_was_asked_for(tmp_path: Path) -> None:

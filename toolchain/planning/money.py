@@ -111,7 +111,13 @@ SPEEDUP_TOLERANCE = 0.1
 """How far a price set's speedup may be from the published one: two prices are rarely given to three digits."""
 
 
-def price_sets(among: Callable[[str], Sequence[Price]] = prices) -> Iterator[PriceSet]:
+def prices_then(name: str) -> tuple[Price, ...]:
+    """The public prices of a device in the time of FEDML's table, cheapest first."""
+    until = str(workspace.facts("score_table")["prices_until"])
+    return tuple(price for price in prices(name) if price.date <= until)
+
+
+def price_sets(among: Callable[[str], Sequence[Price]] = prices_then) -> Iterator[PriceSet]:
     """Every combination of one price per device of the table, with what it means and which claims it breaks."""
     rows = published_rows()
     names = list(dict.fromkeys(row.device for row in rows))
