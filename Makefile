@@ -67,8 +67,8 @@ check: $(VENV)/.dev  ## style, types, layers, spelling
 build: $(VENV)/.cpu  ## make build RECIPE=rtx4090: plan, quantize, build, emit the Triton model repository
 	$(SCALELLM) build --recipe $(RECIPE) --work $(WORK)
 
-serve: $(VENV)/.cpu  ## make serve RECIPE=tiny: launch Triton Inference Server on what was built
-	$(SCALELLM) serve --recipe $(RECIPE) --work $(WORK)
+serve: $(VENV)/.cpu  ## make serve RECIPE=tiny: launch Triton on what was built, and the gateway in front of it
+	$(SCALELLM) serve --recipe $(RECIPE) --work $(WORK) --gateway
 
 lock: $(VENV)/.dev $(ORACLE)/.installed  ## write constraints.txt and constraints-oracle.txt from what is installed
 	$(BIN)/python scripts/lock.py constraints.txt

@@ -63,7 +63,9 @@ class Engine:
 
     def status(self) -> dict[str, Any]:
         """How many requests run and wait, and how full the KV cache is (percent)."""
-        usage = float(self._pipeline.get_metrics().cache_usage) if self._running else 0.0
+        if not self._pipeline.has_non_finished_requests():
+            self._pipeline.step()  # an empty one: it counts the blocks again, now without those of the last request
+        usage = float(self._pipeline.get_metrics().cache_usage)
         return {"running": len(self._running), "waiting": len(self._waiting), "kv_usage_percent": round(usage, 2)}
 
     def add(self, key: int, ids: bytes, options: dict[str, Any]) -> None:
