@@ -193,22 +193,28 @@ def metric(door: Gateway, name: str) -> float:
     return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
 
 
-def test_a_full_engine_is_a_429(asked: Settings, served: Served) -> None:
+def test_a_full_engine_is_waited_for_and_in_the_end_a_429(asked: Settings, served: Served) -> None:
     """The test's engine runs 16 sequences, and as many wait."""
-    with door_to(asked) as door, ThreadPoolExecutor(1) as pool:
-        client = openai.OpenAI(base_url=door.url, api_key="x", max_retries=0)
+    hasty = replace(asked, limits=Limits(queue_s=0.5))
+    with door_to(asked) as door, door_to(hasty) as other, ThreadPoolExecutor(2) as pool:
+        client, impatient = (
+            openai.OpenAI(base_url=one.url, api_key="x", max_retries=0, timeout=60) for one in (door, other)
+        )
         many: dict[str, Any] = {"model": "parrot", "prompt": COUNT, "temperature": 0, "n": 16, "stream": True, **LONG}
         first = client.completions.create(**many)
         next(iter(first))
         waiting = pool.submit(client.completions.create, **many)
         until(lambda: served.status()["active"] == 32)
         with pytest.raises(openai.RateLimitError) as caught:
-            client.completions.create(**COMPLETION)
+            impatient.completions.create(**COMPLETION)
         assert caught.value.code == "overloaded"
         assert int(caught.value.response.headers["retry-after"]) >= 1
-        assert status(f"{door.root}/ready") == 200
+        assert status(f"{other.root}/ready") == 200
+        patient = pool.submit(client.completions.create, **COMPLETION)
+        until(lambda: metric(door, "scalellm_gateway_running") == 3)
         first.close()
         waiting.result().close()
+        assert patient.result().choices[0].finish_reason == "stop"
     served.idle()
 
 
@@ -232,7 +238,7 @@ def test_a_client_that_does_not_read_is_cut_off(asked: Settings, served: Served)
         body = {"model": "parrot", "prompt": COUNT, "stream": True, "n": 8, "logprobs": 1, "max_tokens": 5500}
         raw = json.dumps({**body, "min_tokens": 5400}).encode()
         wire.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(raw) + raw)
-        until(lambda: door.log and door.log[-1].get("ended") == "client too slow", 60)
+        until(lambda: door.log and door.log[-1].get("ended") == "client too slow", 120)
     served.idle()
 
 
@@ -320,19 +326,27 @@ def repository(parrot: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work / "repository"
 
 
-def victims(info: serve.ServingInfo, which: str) -> list[int]:
-    """Of a server: itself, or the processes of its Python models."""
-    if which == "triton":
-        return [info.pid]
-    return [
-        process.pid
-        for process in psutil.process_iter(["cmdline"])
-        if os.getpgid(process.pid) == info.pid and "tensorrt_llm_bls" in " ".join(process.info["cmdline"] or ())
+KILLED = {
+    "triton": "tritonserver",
+    "text model": "/tensorrt_llm_bls/",
+    "engine's model": "/tensorrt_llm/1/model.py",
+    "engine": "engine_process.py",
+}
+"""What each process of a server has in its command line."""
+
+
+def victim(info: serve.ServingInfo, which: str) -> int:
+    """The one process of a server that is called so."""
+    server = psutil.Process(info.pid)
+    found = {"triton": [info.pid]}.get(which) or [
+        process.pid for process in server.children(recursive=True) if KILLED[which] in " ".join(process.cmdline())
     ]
+    assert len(found) == 1, found
+    return found[0]
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("which", ["triton", "python model"])
+@pytest.mark.parametrize("which", KILLED)
 def test_a_killed_server_is_restarted_and_nobody_who_has_seen_no_token_loses_an_answer(
     parrot: Path,
     repository: Path,
@@ -348,10 +362,7 @@ def test_a_killed_server_is_restarted_and_nobody_who_has_seen_no_token_loses_an_
         events = iter(stream)
         next(events)
         whole = [pool.submit(client.completions.create, **COMPLETION, n=1 + n % 2) for n in range(8)]
-        killed = victims(info, which)
-        assert killed
-        for pid in killed:
-            os.kill(pid, signal.SIGKILL)
+        os.kill(victim(info, which), signal.SIGKILL)
         with pytest.raises(openai.APIError, match="the answer ends here"):
             list(events)
         late = pool.submit(client.completions.create, **COMPLETION)

@@ -22,16 +22,24 @@ _LOOK_DOWN_S = 0.5
 """Between two looks at a Triton that is down."""
 _LOOK_UP_S = 5.0
 """The same for one that is up, while no answer of it shows that it lives."""
+_ASK_AGAIN_S = 0.1
+"""Before a full Triton is asked again; a cancelled request keeps its place there for up to 0.4 s."""
 
 
 class Pool:
     """Use as ``async with``: a task looks after each Triton for as long."""
 
     def __init__(
-        self, tritons: list[Triton], timeouts: Timeouts, *, on_retry: Callable[[Triton, str], None] = lambda *_: None
+        self,
+        tritons: list[Triton],
+        timeouts: Timeouts,
+        *,
+        queue_s: float = 0.0,
+        on_retry: Callable[[Triton, str], None] = lambda *_: None,
     ) -> None:
         self.tritons = tritons
         self._timeouts = timeouts
+        self._queue_s = queue_s
         self._on_retry = on_retry
         self._changed = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
@@ -59,12 +67,19 @@ class Pool:
         return sum(known) or 64
 
     async def start(self, inputs: Mapping[str, Any]) -> Flow:
-        """The answer of the first Triton that begins one. Raises ApiError."""
-        until = time.monotonic() + self._timeouts.patience_s
+        """The answer of the first Triton that begins one; while all are full it waits, ``queue_s`` at most. Raises
+        ApiError.
+        """
+        now = time.monotonic()
+        until, full_until = now + self._timeouts.patience_s, now + self._queue_s
         busy: set[Triton] = set()
         lost: list[str] = []
         while True:
             triton = await self._free_one(busy, until)
+            if triton is None and busy and time.monotonic() < full_until:
+                await asyncio.sleep(_ASK_AGAIN_S)
+                busy.clear()
+                continue
             if triton is None:
                 raise self._nobody(busy, lost)
             self._check(triton, inputs)

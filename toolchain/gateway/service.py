@@ -55,7 +55,7 @@ class Service:
             Triton(upstream, settings.model.triton_model, self._session, settings.timeouts)
             for upstream in settings.upstreams
         ]
-        self.pool = Pool(tritons, settings.timeouts, on_retry=self._note_retry)
+        self.pool = Pool(tritons, settings.timeouts, queue_s=settings.limits.queue_s, on_retry=self._note_retry)
         for triton in tritons:
             self.metrics.up.labels(triton.upstream.http_url).set_function(functools.partial(_is_up, triton))
         await self.pool.__aenter__()

@@ -63,7 +63,7 @@ class Limits:
     max_queue: int = 64
     """Requests that wait for one of those places."""
     queue_s: float = 30.0
-    """How long one waits."""
+    """How long one waits, and as long again where the engines turn out to be full."""
     max_answers: int = 32
     """``n``."""
     default_tokens: int = 1024
