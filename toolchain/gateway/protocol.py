@@ -1,12 +1,20 @@
-"""uvicorn's HTTP/1.1 with a deadline for a request's head: without one, clients that send nothing hold connections."""
+"""uvicorn's HTTP/1.1 with a deadline for a request's head: without one, clients that send nothing hold connections.
+
+And with an answer of the same form as all others for what is not HTTP at all.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import sys
+from http import HTTPStatus
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from toolchain.gateway.failures import ApiError
 
 HEAD_S = 15.0
 """From a connection's beginning, or a request's first byte, to the end of its head."""
@@ -32,6 +40,24 @@ class Patient(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Called while h11's error is being handled, which says what is wrong: 431 for a head that is too large, else
+        400. In the middle of an answer nothing can be said any more.
+        """
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            self._refuse(sys.exc_info()[1], msg)
+        self.transport.close()
+
+    def _refuse(self, error: BaseException | None, otherwise: str) -> None:
+        status = getattr(error, "error_status_hint", 400)
+        failure = ApiError(status if 400 <= status < 500 else 400, f"this is no valid HTTP: {error or otherwise}")
+        body = json.dumps(failure.body()).encode()
+        headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+        reason = HTTPStatus(failure.status).phrase.encode()
+        head = h11.Response(status_code=failure.status, headers=list(headers.items()), reason=reason)
+        for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
 
     def _watch(self) -> None:
         """Sets the timer when a head begins, and takes it away when it has come; more bytes do not set it again."""
