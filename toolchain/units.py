@@ -52,3 +52,8 @@ def format_seconds(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s"
+
+
+def milliseconds(seconds: float) -> str:
+    """A measured latency: 0.0421 -> ``"42.1 ms"``, 3.14159 -> ``"3.14 s"``."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,17 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.e2e.parrot import write_tokenizer
+from tests.engine_folder import write_engine
 from tests.measuring.slow_server import SlowServer, slow_server
 from toolchain.cli import verbs
+from toolchain.engine import Engine
 from toolchain.errors import EndpointError, RejectedError
+from toolchain.family import read_config
 from toolchain.measuring.report import Report, read
+from toolchain.pipeline.predicting import prediction_of
+from toolchain.planning.plan import make_plan
 from toolchain.progress import Silent
+from toolchain.recipe import parse_recipe
 from toolchain.stages.bench import Asked, Door, Load, Provenance, Tokens, bench
 
 ONE = Load(kind="closed", concurrency=1)
@@ -109,6 +117,44 @@ def test_the_verb_writes_the_report_and_shows_every_percentile(folder: Path, tmp
     assert all(word in result.output for word in ("time to first token", "min", "p50", "p90", "p99", "max"))
     assert [run.conditions.load.concurrency for run in read(tmp_path / "a.json").runs] == [1, 2]
     assert "hidden-key" not in (tmp_path / "a.json").read_text()
+
+
+def test_the_verb_draws_what_it_measured_and_the_memory_of_a_server_on_this_machine(
+    folder: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    with slow_server(next_s=0.01) as server:
+        result = verb(folder, tmp_path / "a.json", server, "--concurrency", "2", "--report", str(page))
+    assert result.exit_code == 0, result.output
+    report = read(tmp_path / "a.json")
+    assert report.watched is not None
+    assert all(run.memory and run.memory[0].rss_bytes for run in report.runs)
+    assert "<h2>Memory of the servers</h2>" in page.read_text()
+
+
+def told_by(engine: Engine, recipe: str) -> Engine:
+    """The engine as that recipe would have made it."""
+    return replace(engine, stamp=replace(engine.stamp, recipe=recipe))
+
+
+def test_the_plan_of_an_engine_is_in_the_words_of_a_report(random_llama: Callable[..., Path], tmp_path: Path) -> None:
+    """From the recipe in its stamp. A CPU has no plan of times; without a checkpoint beside it, no shape is known."""
+    text = "name: one\nmodel: m\ndevice: {}\nquantization: {{weights: int4}}\nlimits: {{max_seq_len: 128}}\n"
+    engine = told_by(write_engine(tmp_path / "one" / "engine", "1.2.1", device="l4"), text.format("l4"))
+    assert prediction_of(engine, tmp_path / "one.yaml") is None
+    shape = json.loads((random_llama() / "config.json").read_text())
+    (tmp_path / "one" / "checkpoint").mkdir()
+    (tmp_path / "one" / "checkpoint" / "config.json").write_text(json.dumps(shape))
+    told = prediction_of(engine, tmp_path / "one.yaml")
+    plan = make_plan(parse_recipe(text.format("l4"), tmp_path / "one.yaml"), read_config(shape, "one"))
+    assert told is not None
+    assert plan.latency is not None
+    assert [(one.tokens, one.seconds, one.floor_s) for one in told.ttft] == [
+        (one.tokens, one.seconds, one.floor_s) for one in plan.latency.ttft
+    ]
+    assert all(one.floor_s < one.seconds for one in (*told.ttft, *told.itl))
+    cpu = told_by(write_engine(tmp_path / "one" / "cpu", "1.2.1", device="cpu"), text.format("cpu"))
+    assert prediction_of(cpu, tmp_path / "one.yaml") is None
 
 
 def test_a_recipes_services_are_asked_where_serve_puts_them(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The verbs that measure: bench, with compare and schema."""
+"""The verb that measures: bench."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from toolchain.cli import reporting
 from toolchain.cli.flags import PATH, common, complete_recipe, open_screen, work_flag
 
 if TYPE_CHECKING:
     from toolchain.console import Screen
     from toolchain.measuring.report import Report
-    from toolchain.measuring.statistics import Ratio
     from toolchain.stages.bench import Asked, Door, Load, Provenance
 
 _KINDS = ("triton-grpc", "triton-http", "openai-chat", "openai-completions", "predict")
@@ -76,14 +76,16 @@ def _numbers(_ctx: click.Context, param: click.Parameter, text: str | None) -> t
 @click.option("--title", help="What the report is called. [default: the recipe's name, or the address]")
 @click.option("--simulated", is_flag=True, help="The engine only pretends to compute: such a report has no score.")
 @click.option("-o", "--out", type=PATH, default=Path("report.json"), show_default=True, metavar="FILE")
+@click.option("--report", "page", type=PATH, metavar="FILE", help="Draw it, too: .html, .svg or .png.")
 @common
 @click.pass_context
-def bench(ctx: click.Context, /, json_output: bool, verbose: int, out: Path, **given: Any) -> None:
+def bench(ctx: click.Context, /, json_output: bool, verbose: int, out: Path, page: Path | None, **given: Any) -> None:
     """Measure a running service: time to first token, inter-token latency, throughput, request by request.
 
     A closed loop (--concurrency) keeps so many requests in flight; an open loop (--rate) sends at random times of a
     fixed mean, and latencies count from those times even when the server is behind. Failed requests are counted and
-    named. The report holds the conditions and every request's times; `scalellm bench compare` puts two side by side.
+    named. The report holds the conditions and every request's times, and the memory of a server on this machine.
+    `scalellm bench report` draws it, and `scalellm bench compare` puts two side by side.
 
     \b
     Examples:
@@ -97,6 +99,8 @@ def bench(ctx: click.Context, /, json_output: bool, verbose: int, out: Path, **g
     from toolchain.stages import bench as stage
 
     screen = open_screen(json_output, verbose)
+    if page is not None:
+        reporting.check_place(page)
     folder, known = _known(given)
     if folder is None:
         raise click.UsageError("Name the model's folder (--tokenizer) or the recipe (--recipe), to count tokens.")
@@ -104,7 +108,9 @@ def bench(ctx: click.Context, /, json_output: bool, verbose: int, out: Path, **g
     tokens = stage.Tokens.load(folder, chat=given["door"] == "openai-chat")
     report = stage.bench(doors, asked, tokens, known, screen)
     write(report, out)
-    _show(screen, report, out)
+    if page is not None:
+        reporting.draw([report], page)
+    _show(screen, report, out, page)
     if any(not one.summary()["succeeded"] for one in report.runs):
         sys.exit(6)
 
@@ -116,11 +122,12 @@ def _known(given: dict[str, Any]) -> tuple[Path | None, Provenance]:
     from toolchain.device import device as named
     from toolchain.engine import Engine
     from toolchain.pipeline.job import folder_of
+    from toolchain.pipeline.predicting import prediction_of
     from toolchain.recipe import load_recipe
     from toolchain.stages.bench import Provenance
     from toolchain.variant import for_device
 
-    folder, device, passport, text = given["tokenizer"], given["target"], None, None
+    folder, device, passport, text, predicted = given["tokenizer"], given["target"], None, None, None
     title = given["title"] or ", ".join(given["urls"]) or _URLS.get(given["door"], "")
     device = named(device).name if device else None
     if given["recipe"]:
@@ -129,7 +136,8 @@ def _known(given: dict[str, Any]) -> tuple[Path | None, Provenance]:
         engine = Engine.open(folder_of(recipe, given["work"], own) / "engine")
         folder, device = folder or engine.path, engine.passport.device
         passport, text, title = asdict(engine.passport), engine.stamp.recipe, given["title"] or recipe.name
-    return folder, Provenance(title, given["simulated"], device, passport, text)
+        predicted = prediction_of(engine, recipe.path)
+    return folder, Provenance(title, given["simulated"], device, passport, text, predicted)
 
 
 def _doors(given: dict[str, Any]) -> list[Door]:
@@ -203,7 +211,7 @@ def _loads(given: dict[str, Any]) -> list[Load]:
     return [Load(kind="closed", concurrency=int(one)) for one in many] + rates
 
 
-def _show(screen: Screen, report: Report, out: Path) -> None:
+def _show(screen: Screen, report: Report, out: Path, page: Path | None) -> None:
     """A table of each run, by service and together, with its red flags, and where the report is."""
     shown = []
     for run in report.runs:
@@ -222,20 +230,18 @@ def _show(screen: Screen, report: Report, out: Path) -> None:
             screen.say(f"failed {count} times: {reason}")
         screen.say()
         shown.append({"conditions": asked.model_dump(), "summary": run.summary(), "flags": run.flags()})
-    screen.say(f"Report: {out}")
-    screen.emit({"report": str(out), "runs": shown})
+    screen.say(f"Report: {out}" + (f"   drawn: {page}" if page else ""))
+    screen.emit({"report": str(out), "drawn": str(page) if page else None, "runs": shown})
 
 
 _LATENCIES = (("time to first token", "ttft_s"), ("inter-token latency", "itl_s"), ("end to end", "e2e_s"))
 
 
 def _cells(found: dict[str, float] | None) -> list[str]:
+    from toolchain.units import milliseconds
+
     names = ("min", "p50", "p90", "p99", "max")
-    return ["-" if found is None else _ms(found[name]) for name in names]
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
+    return ["-" if found is None else milliseconds(found[name]) for name in names]
 
 
 def _rates(found: dict[str, Any]) -> str:
@@ -243,52 +249,5 @@ def _rates(found: dict[str, Any]) -> str:
     return f"{found['tokens_per_s']:.1f} tokens/s, {found['requests_per_s']:.2f} requests/s{failed}"
 
 
-@bench.command()
-@common
-def schema(json_output: bool, verbose: int) -> None:
-    """Print the JSON Schema of report.json."""
-    import json
-
-    from toolchain.measuring.report import schema as made
-
-    click.echo(json.dumps(made(), indent=2))
-
-
-@bench.command()
-@click.argument("a", type=PATH)
-@click.argument("b", type=PATH)
-@click.option(
-    "--other-prompts",
-    is_flag=True,
-    help="Role-play prompts of the same lengths may be of another --seed: for one server that was measured twice.",
-)
-@common
-def compare(a: Path, b: Path, other_prompts: bool, json_output: bool, verbose: int) -> None:
-    """Ratios of two reports, B over A, with 95 % bootstrap intervals; refused when they were not asked the same."""
-    from dataclasses import asdict
-
-    from toolchain.measuring.compare import compare as compared
-    from toolchain.measuring.report import read
-
-    screen = open_screen(json_output, verbose)
-    reports = read(a), read(b)
-    found = compared(*reports, other_prompts=other_prompts)
-    for one in found:
-        asked = one.conditions
-        rows = [
-            (line.quantity, _value(line.quantity, line.a), _value(line.quantity, line.b), *_ratio(line.ratio))
-            for line in one.lines
-        ]
-        title = f"{asked.input_tokens or 'mixed'} in, {asked.output_tokens or 'mixed'} out, {asked.load}"
-        screen.table(title, ("", f"A: {reports[0].title}", f"B: {reports[1].title}", "B / A", "95 %"), rows)
-    lines = [{"conditions": one.conditions.model_dump(), "lines": [asdict(x) for x in one.lines]} for one in found]
-    screen.emit({"a": str(a), "b": str(b), "runs": lines})
-
-
-def _value(quantity: str, value: float) -> str:
-    return f"{value:.1f}" if quantity.startswith("tokens") else _ms(value)
-
-
-def _ratio(ratio: Ratio) -> tuple[str, str]:
-    same = "" if ratio.differs else "   no difference shown"
-    return f"{ratio.value:.3f}", f"{ratio.low:.3f} to {ratio.high:.3f}{same}"
+for _more in (reporting.schema, reporting.compare, reporting.report):
+    bench.add_command(_more)

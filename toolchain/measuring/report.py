@@ -24,7 +24,7 @@ LENGTH_TOLERANCE = 0.02
 LATE_S = 0.01
 """An instrument that sends later than this measures itself."""
 
-_HERE = "\u0001 requests "
+_HERE = "\u0001 rows "
 
 Pattern = Literal["one-at-a-time", "staggered", "simultaneous"]
 
@@ -97,12 +97,21 @@ class Conditions(_Model):
     counted_by: str = Field(description="Who counted tokens: tokenizer SHA256, server or pieces.")
 
 
+class MemorySample(_Model):
+    """What the servers held at one moment."""
+
+    at_s: float = Field(description="Seconds since the run began.")
+    rss_bytes: int | None = Field(description="RSS of all their processes, summed; null when none lived.")
+    gpu_bytes: tuple[int, ...] = Field(default=(), description="Used of each GPU, whoever uses it.")
+
+
 class Run(_Model):
     """All requests of one load."""
 
     conditions: Conditions
     wall_s: float = Field(description="From the first scheduled time to the last answer.")
     requests: tuple[Request, ...]
+    memory: tuple[MemorySample, ...] = Field(default=(), description="Empty for servers on other machines.")
 
     def of(self, service: int | None) -> tuple[Request, ...]:
         """Of one service; None: of all."""
@@ -174,6 +183,32 @@ class Service(_Model):
     server: dict[str, str] = Field(description="What it says of itself.")
 
 
+class Watched(_Model):
+    """Whose memory was sampled."""
+
+    processes: tuple[str, ...] = Field(description="Names of the servers' processes, children included.")
+    gpus: tuple[str, ...] = Field(description="Names of the machine's GPUs, in the order of gpu_bytes.")
+    every_s: float
+
+
+class Predicted(_Model):
+    """What the plan said of one request's time before it was measured."""
+
+    tokens: int = Field(description="Of the prompt; for a next token, in the cache.")
+    batch: int
+    seconds: float = Field(description="The plan's estimate, without queue, tokenizer and network.")
+    floor_s: float = Field(description="What the data sheet's peaks allow at best.")
+
+
+class Prediction(_Model):
+    """The plan's estimates. ``*_factor``: how many times an estimate may be too long or too short."""
+
+    ttft: tuple[Predicted, ...]
+    itl: tuple[Predicted, ...]
+    ttft_factor: float
+    itl_factor: float
+
+
 class Report(_Model):
     """One measurement."""
 
@@ -187,6 +222,8 @@ class Report(_Model):
     client: dict[str, str | int] = Field(description="The machine and the programs that measured.")
     engine: dict[str, Any] | None = Field(default=None, description="The engine's passport, where it is at hand.")
     recipe: str | None = Field(default=None, description="The recipe's text, where it is at hand.")
+    predicted: Prediction | None = Field(default=None, description="Where the plan of the recipe estimates times.")
+    watched: Watched | None = Field(default=None, description="Whose memory the runs hold.")
 
 
 def to_json(report: Report) -> str:
@@ -197,13 +234,14 @@ def to_json(report: Report) -> str:
         shown["flags"] = run.flags()
         shown["summary"] = run.summary()
         shown["summary_by_service"] = [run.summary(number) for number in range(services)]
-    each = [run.pop("requests") for run in raw["runs"]]
-    for number, run in enumerate(raw["runs"]):
-        run["requests"] = f"{_HERE}{number}"
+    lists = [(run, name) for run in raw["runs"] for name in ("requests", "memory") if run[name]]
+    rows = [run[name] for run, name in lists]
+    for number, (run, name) in enumerate(lists):
+        run[name] = f"{_HERE}{number} "
     text = json.dumps(raw, indent=1, ensure_ascii=False)
-    for number, requests in enumerate(each):  # a line each, or a long answer's arrivals would be a page each
-        lines = ",\n".join("    " + json.dumps(one, ensure_ascii=False) for one in requests)
-        text = text.replace(json.dumps(f"{_HERE}{number}"), f"[\n{lines}\n   ]", 1)
+    for number, each in enumerate(rows):  # a line each, or a long answer's arrivals would be a page each
+        lines = ",\n".join("    " + json.dumps(one, ensure_ascii=False) for one in each)
+        text = text.replace(json.dumps(f"{_HERE}{number} "), f"[\n{lines}\n   ]", 1)
     return text + "\n"
 
 

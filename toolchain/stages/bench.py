@@ -22,8 +22,9 @@ from toolchain.errors import EndpointError, RejectedError
 from toolchain.measuring import load, prompts, report
 from toolchain.measuring.doors import Door
 from toolchain.measuring.load import Raw, Task
+from toolchain.measuring.memory import Watch
 from toolchain.measuring.prompts import Prompt, Tokens
-from toolchain.measuring.report import Conditions, Load, Pattern, Report, Run, Service
+from toolchain.measuring.report import Conditions, Load, Pattern, Prediction, Report, Run, Service
 from toolchain.progress import Progress
 
 __all__ = ["Asked", "Door", "Load", "Provenance", "Tokens", "bench"]
@@ -58,10 +59,14 @@ class Provenance:
     device: str | None = None
     engine: dict[str, Any] | None = None
     recipe: str | None = None
+    predicted: Prediction | None = None
 
 
 def bench(doors: Sequence[Door], asked: Asked, tokens: Tokens, known: Provenance, progress: Progress) -> Report:
-    """Raises EndpointError when a service is not there or answers no warm-up request; later failures are recorded."""
+    """Raises EndpointError when a service is not there or answers no warm-up request; later failures are recorded.
+
+    Of services on this machine, the memory of their processes is sampled meanwhile.
+    """
     for one in asked.loads:
         load.check(Task((), one, asked.pattern, asked.requests))
     lengths = asked.lengths if asked.file is None else (0,)
@@ -78,6 +83,8 @@ def bench(doors: Sequence[Door], asked: Asked, tokens: Tokens, known: Provenance
         client=_client(),
         engine=known.engine,
         recipe=known.recipe,
+        predicted=known.predicted,
+        watched=Watch([door.url for door in doors]).watched,
     )
 
 
@@ -109,7 +116,8 @@ def _run(
         f"{size or 'mixed'} tokens, {one}", (asked.requests + asked.warmup) * len(doors), "requests"
     ) as bar:
         warm = _warm_up(doors, asked, first, lambda: bar.advance(1))
-        raw = load.send(doors, replace(task, stagger_s=_stagger(asked, warm, len(doors))), lambda: bar.advance(1))
+        with Watch([door.url for door in doors]) as watch:
+            raw = load.send(doors, replace(task, stagger_s=_stagger(asked, warm, len(doors))), lambda: bar.advance(1))
     requests = load.requests_of(raw, measured, lambda answer: tokens.of_answer(answer.text))
     conditions = Conditions(
         prompt_set="roleplay" if asked.file is None else asked.file.name,
@@ -126,7 +134,12 @@ def _run(
         sampling=_sampling(doors[0]),
         counted_by=f"tokenizer {tokens.sha256[:16]}",
     )
-    return Run(conditions=conditions, wall_s=max(request.done_s for request in requests), requests=requests)
+    return Run(
+        conditions=conditions,
+        wall_s=max(request.done_s for request in requests),
+        requests=requests,
+        memory=watch.samples(min(one.scheduled for one in raw)),
+    )
 
 
 def _warm_up(doors: Sequence[Door], asked: Asked, first: Sequence[Prompt], done: Any) -> list[Raw]:
