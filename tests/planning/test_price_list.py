@@ -25,10 +25,22 @@ FILE = """\
 def test_the_cheapest_on_demand_counts_and_spot_only_where_there_is_nothing_else() -> None:
     public = PriceList().of("rtx4090")
     assert public is not None
-    assert public.usd_per_hour == min(row.usd_per_hour for row in prices("rtx4090") if row.kind == "on-demand")
+    recent = [row for row in prices("rtx4090") if row.kind == "on-demand" and row.date >= "2026"]
+    assert public.usd_per_hour == min(row.usd_per_hour for row in recent)
     mine = PriceList(rows=read_prices(FILE, Path("mine.yaml")))
     assert [row.usd_per_hour for row in (mine.of("rtx4090"), mine.of("h100")) if row] == [0.44, 2.5]
     assert mine.of("l4") is None  # the file replaces the public prices
+
+
+def test_a_price_of_years_ago_does_not_count_beside_one_of_today() -> None:
+    gone = "vendor: Gone\n  kind: on-demand\n  date: 2024-08-01"
+    rows = read_prices(FILE.replace("vendor: Attic\n  kind: spot\n  date: 2026-11-01", gone), Path("mine.yaml"))
+    newest = PriceList(rows=rows).of("rtx4090")
+    assert newest is not None
+    assert (newest.usd_per_hour, newest.vendor) == (0.44, "Attic")
+    alone = PriceList(rows=tuple(row for row in rows if row.vendor == "Gone")).of("rtx4090")
+    assert alone is not None
+    assert alone.usd_per_hour == 0.2
 
 
 def test_the_price_of_a_device_comes_before_the_price_of_all_and_both_before_public_ones() -> None:

@@ -1,4 +1,4 @@
-"""Which price counts for a device: the user's own, one of the user's file, or the cheapest public one. Pure.
+"""Which price counts for a device: the user's own, one of the user's file, or the cheapest recent public one. Pure.
 
 A list of prices is a YAML file in the form of ``facts/prices.yaml``. Prices age, and with them what follows from them:
 the caller says which day it is. It does not know what is bought.
@@ -54,11 +54,23 @@ class PriceList:
     old_days: int = OLD_DAYS
 
     def of(self, name: str) -> Price | None:
-        """What counts for a device, by its name: its own price, else the cheapest on demand, else the cheapest spot."""
+        """What counts for a device, by its name: its own price, else the cheapest on demand, else the cheapest spot.
+
+        Rows that are ``old_days`` older than the newest of their kind are passed over: that price is gone.
+        """
         if name in self.own or self.every:
             return self.own.get(name, self.every)
-        known = prices(name) if self.rows is None else [row for row in self.rows if row.device == name]
-        return min(known, key=lambda row: (KINDS.index(row.kind), row.usd_per_hour), default=None)
+        rows = prices(name) if self.rows is None else [row for row in self.rows if row.device == name]
+        for kind in KINDS:
+            known = [row for row in rows if row.kind == kind]
+            if known:
+                return min(self._of_today(known), key=lambda row: row.usd_per_hour)
+        return None
+
+    def _of_today(self, known: list[Price]) -> list[Price]:
+        """The rows that were true when the newest of them was, or at most ``old_days`` before."""
+        newest = max(datetime.date.fromisoformat(row.date) for row in known if row.date)
+        return [row for row in known if not self.old(row, newest)]
 
     def old(self, price: Price, today: datetime.date) -> bool:
         """Whether a price is older than it should be. What the user names counts as today's."""
