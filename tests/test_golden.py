@@ -22,8 +22,8 @@ def test_shipped_recipe_becomes_this_command_checkpoint_and_repository(name: str
         assert part == (golden.HERE / file).read_text(encoding="utf-8"), AGAIN
 
 
-@pytest.mark.parametrize("name", golden.recipes())
-def test_shipped_recipe_has_this_plan(name: str) -> None:
+@pytest.mark.parametrize("name", [*golden.recipes(), *golden.VARIED])
+def test_recipe_has_this_plan(name: str) -> None:
     assert golden.plan_text(name) == (golden.HERE / "plans" / f"{name}.txt").read_text(encoding="utf-8"), AGAIN
 
 

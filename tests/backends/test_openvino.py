@@ -25,7 +25,10 @@ from tests.stages.test_quantize_calibrated import logits_of as stand_for
 from toolchain.backends import openvino as backend
 from toolchain.backends.openvino.runtime import kv_bytes_per_token, settings
 from toolchain.checkpoint import Checkpoint
+from toolchain.planning.memory import CPU_BLOCK_TOKENS
+from toolchain.planning.plan import make_plan
 from toolchain.progress import Silent
+from toolchain.recipe import parse_recipe
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
 TOLERANCE = 1.5e-4
@@ -212,6 +215,32 @@ def test_runtime_settings_load_and_the_cache_has_the_stated_size(built: Callable
     assert len(result.m_generation_ids[0]) == 5
     stored = engine.get_metrics().cache_size_in_bytes
     assert stored == 32 * 32 * kv_bytes_per_token(kv=kv, num_layers=LAYERS, num_kv_heads=2, head_dim=64)
+
+
+@pytest.mark.parametrize("kv", ["int8", "fp16", "fp32"])
+@pytest.mark.parametrize("max_tokens", [1000, 1024])
+def test_the_planned_cache_is_the_one_that_the_engine_reports_within_a_block(
+    built: Callable[[str], Built], kv: str, max_tokens: int
+) -> None:
+    made = built("int4-g64-gqa-tied-bf16")
+    recipe = parse_recipe(
+        f"model: m\ndevice: cpu\nlimits: {{max_batch_size: 2, max_seq_len: 256}}\n"
+        f"quantization: {{weights: int4, group_size: 64}}\nkv_cache: {{dtype: {kv}, max_tokens: {max_tokens}}}\n",
+        Path("recipe.yaml"),
+    )
+    plan = make_plan(recipe, Checkpoint.open(made.source.path).config)
+    told = backend.runtime(plan)
+    scheduler = openvino_genai.SchedulerConfig()
+    for key, value in told["scheduler"].items():
+        setattr(scheduler, key, value)
+    engine = openvino_genai.ContinuousBatchingPipeline(str(made.engine), scheduler, "CPU", told["properties"])
+    engine.generate([openvino.Tensor(tokens(1, 40))], [greedy(2)])
+    (planned,) = (line.bytes for line in plan.memory.lines if line.name == "KV cache")
+    stored = engine.get_metrics().cache_size_in_bytes
+    block = plan.memory.kv_bytes_per_token * CPU_BLOCK_TOKENS
+    assert 0 <= stored - planned < block
+    assert (stored == planned) == (max_tokens % CPU_BLOCK_TOKENS == 0)
+    assert stored % block == 0
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names of fused layers are those of the x86 plug-in")

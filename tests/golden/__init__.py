@@ -4,7 +4,8 @@
 
 ``RECIPE/RELEASE.txt`` holds the builder's command, the checkpoint's ``config.json`` and the Triton repository, or the
 plan's refusal. A config.pbtxt, or its tensors, that several repositories share stands once, in ``models``.
-``plans/RECIPE.txt`` is the plan with the recipe's own release, ``choice.txt`` a table of ``scalellm plan --goal``.
+``plans/RECIPE.txt`` is the plan of a shipped recipe, or of one of ``VARIED``, with its own release; ``choice.txt`` a
+table of ``scalellm plan --goal``.
 
 The model is Llama-2-13B by its published config; the engine is what ``tests/fake_build.py`` leaves.
 """
@@ -36,7 +37,7 @@ from toolchain.planning.load import Load, Slo
 from toolchain.planning.option import Asked
 from toolchain.planning.plan import Plan, make_plan
 from toolchain.planning.price_list import PriceList
-from toolchain.recipe import available, load_recipe
+from toolchain.recipe import available, load_recipe, parse_recipe
 from toolchain.stages import build, package
 from toolchain.stages.commands import paste
 from toolchain.variant import for_device
@@ -44,6 +45,17 @@ from toolchain.variant import for_device
 HERE = Path(__file__).parent
 RELEASES = ["0.12.0", "0.13.0", "0.16.0", "0.17.0", "0.18.2", "0.19.0", "0.20.0", "0.21.0", "1.0.0", "1.1.0", "1.2.1"]
 MODEL = "meta-llama/Llama-2-13b-chat-hf"
+
+
+VARIED = {
+    "with-draft": "device: a100-80gb\nspeculative: {draft: TinyLlama/TinyLlama-1.1B-Chat-v1.0, tokens: 4}\n"
+    "limits: {max_batch_size: 8, max_seq_len: 2048}\n",
+    "with-window": "device: rtx4090\ntensorrt_llm: 0.16.0\nquantization: {weights: int4, method: awq}\n"
+    "kv_cache: {window: 1024, sinks: 4}\nlimits: {max_batch_size: 8, max_seq_len: 4096, max_input_len: 3072}\n",
+    "with-llmapi": "device: h100\nbackend: tensorrt_llmapi\nquantization: {weights: fp8}\nkv_cache: {dtype: fp8}\n"
+    "services: 2\nreserve: 2GiB\nlimits: {max_batch_size: 16, max_seq_len: 4096}\n",
+}
+"""Recipes beside the shipped ones, for what none of them has: a draft model, a window, the llmapi runtime."""
 
 
 def recipes() -> list[str]:
@@ -56,6 +68,9 @@ def recipes() -> list[str]:
 
 def planned(name: str, release: str | None) -> Plan:
     """The plan of ``recipe`` or ``recipe@device`` with that release, or the recipe's own. Raises PlanError."""
+    if name in VARIED:
+        draft = published("TinyLlama/TinyLlama-1.1B-Chat-v1.0") if "draft:" in VARIED[name] else None
+        return make_plan(parse_recipe(f"model: {MODEL}\n{VARIED[name]}", Path(f"{name}.yaml")), _config(), draft=draft)
     stem, _, device = name.partition("@")
     recipe = load_recipe(stem, search=[workspace.shipped("recipes")])
     recipe = for_device(recipe, device or recipe.device)
@@ -152,6 +167,8 @@ def _repository(
 def everything() -> Iterator[tuple[str, str]]:
     """(file in this folder, text) of all of them; shared files once."""
     told: set[str] = set()
+    for name in VARIED:
+        yield f"plans/{name}.txt", plan_text(name)
     for name in recipes():
         yield f"plans/{name}.txt", plan_text(name)
         for release in RELEASES:
