@@ -404,12 +404,21 @@ def find(source: str) -> Path | None:
     folder = Path(source).expanduser()
     if folder.exists():
         return folder
-    if not is_hub_name(source):
+    if not is_hub_name(source) or not _in_cache(source):
         return None
     try:
         return _snapshot(source, local_files_only=True)
     except (ArtifactError, OSError):
         return None
+
+
+def _in_cache(source: str) -> bool:
+    """Whether the Hugging Face cache has a folder of this name. Cheap: the library that reads it takes long to load."""
+    try:
+        from huggingface_hub.constants import HF_HUB_CACHE
+    except ImportError:
+        return False
+    return (Path(HF_HUB_CACHE) / f"models--{source.removeprefix('hf:').replace('/', '--')}").is_dir()
 
 
 def download(source: str) -> Path:

@@ -85,10 +85,18 @@ def plan(
         return
     asked, devices = asked_for(screen, recipe, model, work, names, wished)
     choice = _choose(asked, devices, goal or "ttft")
-    screen.emit(choice.to_json())
+    if json_output:  # it is long, and made for nobody else
+        screen.emit(choice.to_json())
+    _show_choice(screen, choice, asked, plot, every=verbose > 0, explain=explain)
+
+
+def _show_choice(
+    screen: Screen, choice: Choice, asked: Asked, plot: Path | None, *, every: bool, explain: bool
+) -> None:
+    """The table and the pictures. Exits with a refused plan's code where nothing fits."""
     from toolchain.planning.choice_table import sheet
 
-    shown = sheet(choice, asked.prices, every=verbose > 0)
+    shown = sheet(choice, asked.prices, every=every)
     screen.sheet_of(shown)
     if plot:
         _draw_choice(screen, plot, choice, asked, shown)

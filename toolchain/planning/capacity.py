@@ -58,10 +58,12 @@ def capacity(
     *,
     fused: bool,
     host: int | None,
+    advise: bool = True,
 ) -> MemoryPlan:
     """The memory of the plan; refuses what does not fit, and says by how much and what would, with its numbers.
 
     ``fused``: a prompt's attention is one kernel. ``host``: the memory of a device that does not state its own.
+    ``advise``: whether to look for what would fit.
     """
     size, reserve = recipe.kv_cache.size, parse_bytes(recipe.reserve or 0)
 
@@ -88,7 +90,7 @@ def capacity(
     asked = _Change(weights, kv, limits, recipe.services, reserve)
     found = ask(asked)
     if found.missing_bytes:
-        better = list(_better(asked, recipe.chosen_backend, target, ask))
+        better = list(_better(asked, recipe.chosen_backend, target, ask)) if advise else []
         has = "" if found.available is None else f", {found.available // MIB} MiB"
         notes.refuse(
             f"memory: {_spoken(weights)} weights and {kv.name} KV need {format_bytes(found.total)}, "

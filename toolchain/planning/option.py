@@ -158,7 +158,8 @@ def _option(
         recipe = _recipe(asked, base, target, weights, kv, services, backend)
         try:
             _check(target, weights, kv, backend)
-            return _made(asked, _fitting(asked, recipe, most), own=own)
+            extra = asked.services is None and services > 1  # its refusal is not shown
+            return _made(asked, _fitting(asked, recipe, most, advise=not extra), own=own)
         except PlanError as error:
             refused = refused or error
     assert refused is not None
@@ -209,14 +210,17 @@ def _check(target: Device, weights: str, kv: str, backend: str) -> None:
     notes.raise_if_refused(target.name)
 
 
-def _fitting(asked: Asked, recipe: Recipe, most: int) -> Plan:
-    """The plan with as many sequences at once as the recipe says; or as many as fit, and keep the limit on ITL."""
+def _fitting(asked: Asked, recipe: Recipe, most: int, *, advise: bool) -> Plan:
+    """The plan with as many sequences at once as the recipe says; or as many as fit, and keep the limit on ITL.
+
+    ``advise``: of ``make_plan``, for the refusal that is raised; those on the way to a plan need no advice.
+    """
 
     known: dict[str, Any] = {"draft": asked.draft, "host_memory_bytes": asked.host_memory_bytes}
 
-    def plan(batch: int) -> Plan:
+    def plan(batch: int, *, advise: bool = False) -> Plan:
         limits = recipe.limits.model_copy(update={"max_batch_size": batch})
-        return make_plan(recipe.model_copy(update={"limits": limits}), asked.config, **known)
+        return make_plan(recipe.model_copy(update={"limits": limits}), asked.config, **known, advise=advise)
 
     if "max_batch_size" in recipe.limits.model_fields_set:
         most = min(most, recipe.limits.max_batch_size)
@@ -225,8 +229,10 @@ def _fitting(asked: Asked, recipe: Recipe, most: int) -> Plan:
                 return plan(most)
             except PlanError as error:
                 if not error.reasons[0].startswith("memory: "):
-                    raise
-    found = plan(1)
+                    if len(error.reasons) == 1:
+                        raise
+                    return plan(most, advise=advise)
+    found = plan(1, advise=advise)
     batch = _at_most(found, most)
     while batch > 1:
         try:

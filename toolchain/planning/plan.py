@@ -180,18 +180,24 @@ class _Shape:
 
 
 def make_plan(
-    recipe: Recipe, config: LlamaConfig, *, draft: LlamaConfig | None = None, host_memory_bytes: int | None = None
+    recipe: Recipe,
+    config: LlamaConfig,
+    *,
+    draft: LlamaConfig | None = None,
+    host_memory_bytes: int | None = None,
+    advise: bool = True,
 ) -> Plan:
     """Decide everything that the recipe leaves open. Raises PlanError with all reasons at once when it cannot run.
 
     ``draft``: the config of the draft model, where the recipe names one. ``host_memory_bytes``: what a CPU may use;
-    without it, a CPU's memory counts as enough.
+    without it, a CPU's memory counts as enough. ``advise``: whether a refusal of what is too large says what would
+    fit, which takes longer than the plan.
     """
     notes = Notes()
     shape = _shape(recipe, config, draft, notes)
     recipe, target, backend, release = shape.recipe, shape.target, shape.backend, shape.release
     weights, kv, limits, window = shape.weights, shape.kv, shape.limits, shape.window
-    memory = _memory(shape, config, host_memory_bytes, notes)
+    memory = _memory(shape, config, host_memory_bytes, notes, advise=advise)
     _explain(recipe, weights, kv, target, memory, notes)
     calibrates = rules.choose_calibration(recipe, config, weights, kv, backend, notes)
     gate = choose_gate(weights, kv, target, backend, release, notes)
@@ -235,13 +241,13 @@ def memory_of(
     notes = Notes()
     shape = _shape(recipe, config, draft, notes)
     notes.raise_if_refused(recipe.name)
-    return _memory(shape, config, host_memory_bytes, notes)
+    return _memory(shape, config, host_memory_bytes, notes, advise=False)
 
 
-def _memory(shape: _Shape, config: LlamaConfig, host: int | None, notes: Notes) -> MemoryPlan:
+def _memory(shape: _Shape, config: LlamaConfig, host: int | None, notes: Notes, *, advise: bool) -> MemoryPlan:
     cache = Cache(shape.window, shape.speculation)
     known = (shape.weights, shape.kv, shape.limits, shape.target)
-    return capacity(shape.recipe, config, *known, notes, cache, fused=shape.fused, host=host)
+    return capacity(shape.recipe, config, *known, notes, cache, fused=shape.fused, host=host, advise=advise)
 
 
 def _shape(recipe: Recipe, config: LlamaConfig, draft: LlamaConfig | None, notes: Notes) -> _Shape:
