@@ -10,7 +10,7 @@ BIN     := $(VENV)/bin
 SCALELLM = $(BIN)/scalellm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oracle test-sky check build serve lock clean
+.PHONY: help demo test test-oracle test-sky test-schema check build serve lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ $(SKY)/.installed: pyproject.toml
 
 test-sky: $(VENV)/.dev $(SKY)/.installed  ## let SkyPilot itself read the tasks that build on a rented GPU
 	SCALELLM_SKY=$(abspath $(SKY))/bin/python $(BIN)/python -m pytest tests/hosts/test_sky_reader.py
+
+test-schema: $(VENV)/.dev  ## let Schemathesis ask the gateway at length what its OpenAPI documents offer
+	SCALELLM_SCHEMA_EXAMPLES=500 $(BIN)/python -m pytest tests/gateway/test_schema.py
 
 check: $(VENV)/.dev  ## style, types, layers, spelling
 	$(BIN)/ruff check .

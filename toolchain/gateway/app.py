@@ -14,7 +14,7 @@ from openai.types import Model as ModelObject
 from starlette.exceptions import HTTPException
 
 from toolchain import __version__
-from toolchain.gateway import asking
+from toolchain.gateway import asking, schema
 from toolchain.gateway.answers import Answer, Chat, Completion, PlainText, Predict, usage
 from toolchain.gateway.bodies import Asked, ChatBody, CompletionBody, PredictBody, read_body
 from toolchain.gateway.failures import ApiError, invalid
@@ -33,13 +33,13 @@ def openai_app(service: Service) -> FastAPI:
     app = _app("scalellm gateway")
     _add_models(app, service)
     _add_state(app, service)
-    doors = _Doors(service)
+    doors, name = _Doors(service), service.settings.model.name
 
-    @app.post("/v1/chat/completions", openapi_extra=_takes(ChatBody, service), responses=_FAILURES)
+    @app.post("/v1/chat/completions", openapi_extra=schema.body_of(ChatBody, name), responses=schema.CHAT)
     async def chat_completions(http: Request) -> Response:
         return await service.visit(http, "chat", doors.chat)
 
-    @app.post("/v1/completions", openapi_extra=_takes(CompletionBody, service), responses=_FAILURES)
+    @app.post("/v1/completions", openapi_extra=schema.body_of(CompletionBody, name), responses=schema.COMPLETION)
     async def completions(http: Request) -> Response:
         return await service.visit(http, "completions", doors.completion)
 
@@ -47,11 +47,11 @@ def openai_app(service: Service) -> FastAPI:
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=schema.MODELS)
     async def models(http: Request) -> Response:
         return _guarded(service, http, lambda: {"object": "list", "data": [_model(service.settings.model)]})
 
-    @app.get("/v1/models/{name:path}", responses=_FAILURES)
+    @app.get("/v1/models/{name:path}", responses=schema.MODEL)
     async def model(http: Request, name: str) -> Response:
         def found() -> dict[str, Any]:
             check_model(name, service.settings.model)
@@ -72,7 +72,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
         why = {triton.upstream.http_url: triton.why_down for triton in service.pool.tritons}
         return JSONResponse({"status": "not ready", "why": why}, 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=Response, responses=schema.METRICS)
     async def metrics(http: Request) -> Response:
         try:
             service.doorkeeper.admit(http.headers.get("authorization"))
@@ -89,7 +89,9 @@ def predict_app(service: Service) -> FastAPI:
     app = _app("scalellm /predict")
     doors = _Doors(service)
 
-    @app.post("/predict", openapi_extra=_takes(PredictBody, service), responses=_FAILURES)
+    @app.post(
+        "/predict", openapi_extra=schema.body_of(PredictBody, service.settings.model.name), responses=schema.PREDICT
+    )
     async def predict(http: Request) -> Response:
         return await service.visit(http, "predict", doors.predict)
 
@@ -193,61 +195,3 @@ def _app(title: str) -> FastAPI:
 
     app.add_exception_handler(HTTPException, refuse)
     return app
-
-
-def _takes(body: type[Any], service: Service) -> dict[str, Any]:
-    """The request's schema, for ``/openapi.json``: the body itself is read by us, whatever its Content-Type says."""
-    schema = body.model_json_schema()
-    if "model" in schema["properties"]:
-        schema["properties"]["model"]["enum"] = [service.settings.model.name]
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(schema)}}}}
-
-
-def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
-    """A JSON schema without references, since each path has a schema of its own."""
-    definitions = schema.pop("$defs", {})
-
-    def resolve(node: Any) -> Any:
-        if isinstance(node, list):
-            return [resolve(one) for one in node]
-        if not isinstance(node, dict):
-            return node
-        reference = node.get("$ref", "")
-        if reference.startswith("#/$defs/"):
-            return resolve(definitions[reference.removeprefix("#/$defs/")])
-        return {name: resolve(value) for name, value in node.items()}
-
-    return dict(resolve(schema))
-
-
-_ERROR_SCHEMA = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
-_FAILURES: dict[int | str, dict[str, Any]] = {
-    status: {"description": text, "content": {"application/json": {"schema": _ERROR_SCHEMA}}}
-    for status, text in {
-        400: "The request is wrong, or asks for what is not supported.",
-        401: "No valid API key.",
-        403: "Asked by a page of another site.",
-        404: "No such model.",
-        408: "The body came too slowly.",
-        413: "The body is too large.",
-        429: "Too many requests.",
-        502: "The engine's server failed at this request.",
-        503: "No engine is there to answer.",
-        504: "The request took too long.",
-    }.items()
-}
