@@ -18,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import unused_ports
 from tests.e2e.parrot import SENTENCES
 from tests.e2e.served import Served
 from tests.e2e.test_triton_models import CAPITAL, GREEK, JAPAN, Reference
@@ -476,3 +477,19 @@ def narrow(parrot: Path, served: Served) -> Iterator[Gateway]:
     with gateway(replace(asked, model=replace(asked.model, max_seq_len=40), limits=limits)) as found:
         until_ready(found)
         yield found
+
+
+def test_both_doors_share_a_port_where_they_are_told_to(parrot: Path, served: Served, reference: Reference) -> None:
+    port = unused_ports(1)[0]
+    with gateway(settings_for(parrot, served.http_port), port=port, predict_port=port) as found:
+        until_ready(found)
+        assert found.predict_url == f"{found.root}/predict"
+        code, _, body = post(found.predict_url, json.dumps({"text": CAPITAL, "temperature": 0}).encode())
+        assert (code, json.loads(body)["generated_text"]) == (200, reference.text(CAPITAL, 60))
+        client = openai.OpenAI(base_url=found.url, api_key="x")
+        plain = client.completions.create(model="parrot", prompt=CAPITAL, temperature=0, max_tokens=60)
+        assert plain.choices[0].text == reference.text(CAPITAL, 60)
+        with urllib.request.urlopen(f"{found.root}/ready") as answer:
+            assert json.load(answer) == {"status": "Success"}  # FEDML's
+        with urllib.request.urlopen(f"{found.root}/openapi.json") as answer:
+            assert {"/predict", "/ready", "/metrics", "/v1/models"} <= json.load(answer)["paths"].keys()

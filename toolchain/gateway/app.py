@@ -1,6 +1,7 @@
 """The doors: which path speaks how. FastAPI draws the schema (``/openapi.json``); bodies are checked in ``bodies``.
 
-Two applications over one service: OpenAI's API, and FEDML's ``/predict``, which its users know on a port of its own.
+Two applications over one service: OpenAI's API, and FEDML's ``/predict``, which its users know on a port of its own; or
+one application for both, where they have the same port.
 """
 
 from __future__ import annotations
@@ -31,6 +32,27 @@ _JSON_ACCEPTS = ("application/json", "*/*", "application/*", "text/event-stream"
 def openai_app(service: Service) -> FastAPI:
     """``/v1/...``, ``/health``, ``/ready``, ``/metrics``."""
     app = _app("scalellm gateway")
+    _add_openai(app, service)
+    _add_ready(app, service)
+    return app
+
+
+def predict_app(service: Service) -> FastAPI:
+    """``/predict`` and ``/ready`` as FEDML's inference containers have them."""
+    app = _app("scalellm /predict")
+    _add_predict(app, service)
+    return app
+
+
+def shared_app(service: Service) -> FastAPI:
+    """Everything at one port; ``/ready`` is FEDML's there."""
+    app = _app("scalellm endpoint")
+    _add_openai(app, service)
+    _add_predict(app, service)
+    return app
+
+
+def _add_openai(app: FastAPI, service: Service) -> None:
     _add_models(app, service)
     _add_state(app, service)
     doors, name = _Doors(service), service.settings.model.name
@@ -42,8 +64,6 @@ def openai_app(service: Service) -> FastAPI:
     @app.post("/v1/completions", openapi_extra=schema.body_of(CompletionBody, name), responses=schema.COMPLETION)
     async def completions(http: Request) -> Response:
         return await service.visit(http, "completions", doors.completion)
-
-    return app
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
@@ -65,13 +85,6 @@ def _add_state(app: FastAPI, service: Service) -> None:
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/ready", responses={503: {"description": "No Triton behind this gateway generates."}})
-    async def ready() -> Response:
-        if service.pool.ready:
-            return JSONResponse({"status": "ready"})
-        why = {triton.upstream.http_url: triton.why_down for triton in service.pool.tritons}
-        return JSONResponse({"status": "not ready", "why": why}, 503)
-
     @app.get("/metrics", response_class=Response, responses=schema.METRICS)
     async def metrics(http: Request) -> Response:
         try:
@@ -84,9 +97,16 @@ def _add_state(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(dict(zip(urls, texts, strict=True))), media_type=CONTENT_TYPE)
 
 
-def predict_app(service: Service) -> FastAPI:
-    """``/predict`` and ``/ready`` as FEDML's inference containers have them."""
-    app = _app("scalellm /predict")
+def _add_ready(app: FastAPI, service: Service) -> None:
+    @app.get("/ready", responses={503: {"description": "No Triton behind this gateway generates."}})
+    async def ready() -> Response:
+        if service.pool.ready:
+            return JSONResponse({"status": "ready"})
+        why = {triton.upstream.http_url: triton.why_down for triton in service.pool.tritons}
+        return JSONResponse({"status": "not ready", "why": why}, 503)
+
+
+def _add_predict(app: FastAPI, service: Service) -> None:
     doors = _Doors(service)
 
     @app.post(
@@ -100,8 +120,6 @@ def predict_app(service: Service) -> FastAPI:
         if service.pool.ready:
             return JSONResponse({"status": "Success"})
         return JSONResponse({"status": "Loading"}, 202)
-
-    return app
 
 
 class _Doors:

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 
 from toolchain.errors import ArtifactError, EndpointError, RecipeError
 from toolchain.gateway import keys
-from toolchain.gateway.app import openai_app, predict_app
+from toolchain.gateway.app import openai_app, predict_app, shared_app
 from toolchain.gateway.logs import Log, libraries_into
 from toolchain.gateway.protocol import Patient
 from toolchain.gateway.service import Service
@@ -36,6 +37,7 @@ class Listen:
     host: str = "127.0.0.1"
     port: int = 8080
     predict_port: int | None = 2345
+    """None: no ``/predict``. The same as ``port``: both at one port, where ``/ready`` is FEDML's."""
     cert: Path | None = None
     """PEM, with the chain; ``key`` is its private key. Both or none."""
     key: Path | None = None
@@ -111,6 +113,13 @@ def background(settings: Settings, listen: Listen, *, log: Log | None = None) ->
             thread.join()
 
 
+def _apps(service: Service, listen: Listen) -> list[FastAPI]:
+    """An application for each socket."""
+    if listen.predict_port == listen.port:
+        return [shared_app(service)]
+    return [openai_app(service)] if listen.predict_port is None else [openai_app(service), predict_app(service)]
+
+
 class _Gateway:
     """The two applications on their sockets."""
 
@@ -126,7 +135,7 @@ class _Gateway:
                 self._loop.add_signal_handler(number, self._stop)
         with libraries_into(self._log):
             async with Service(self._settings, self._log) as service:
-                apps = [openai_app(service), predict_app(service)][: len(sockets)]
+                apps = _apps(service, self._listen)
                 self._servers = [_Server(self._config(app)) for app in apps]
                 tasks = [
                     asyncio.create_task(server.serve([one])) for server, one in zip(self._servers, sockets, strict=True)
@@ -180,7 +189,7 @@ def _bound(listen: Listen) -> Iterator[list[socket.socket]]:
     """The listening sockets, closed at the end. Raises EndpointError for a port that cannot be had."""
     sockets: list[socket.socket] = []
     try:
-        for port in (listen.port, listen.predict_port):
+        for port in dict.fromkeys((listen.port, listen.predict_port)):
             if port is not None:
                 sockets.append(_bind(listen.host, port))
         yield sockets
