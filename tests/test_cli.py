@@ -59,6 +59,7 @@ def test_help_imports_no_heavy_library():
         "doctor",
         "inspect",
         "import",
+        "model",
     ],
 )
 def test_every_verb_has_help_with_an_example(scalellm, verb):

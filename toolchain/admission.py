@@ -1,7 +1,8 @@
 """Whether a repository may be served here: of this recipe, for these GPUs and this TensorRT-LLM, verified if need be.
 
-``serve`` asks before it starts anything, and whatever deploys does. A mismatch is refused with the command that mends
-it. What the server's own image is, ``servers.triton`` compares; a repository that others wrote is admitted as it is.
+``serve`` asks before it starts anything, and whatever packages or deploys does. A mismatch is refused with the command
+that mends it. What the server's own image is, ``servers.triton`` compares; a repository that others wrote is admitted
+as it is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from toolchain import accuracy, gpu, installed, workspace
 from toolchain.checkpoint import read_json
-from toolchain.engine import PASSPORT, Passport
+from toolchain.engine import PASSPORT, Engine, Passport
 from toolchain.engine_config import EngineConfig
 from toolchain.errors import ArtifactError, RecipeError, RejectedError
 from toolchain.recipe import Accept, Recipe, parse_recipe
@@ -73,8 +74,23 @@ def admit(repository: Path, asked: Asked, environ: Mapping[str, str] = os.enviro
         _same_gpu(repository, passport, asked)
         if asked.own_tensorrt_llm:
             _same_release(repository, passport, asked, environ)
+    return check_verified(repository, asked)
+
+
+def check_verified(repository: Path, asked: Asked) -> Admission:
+    """The gate alone, for whoever passes a repository on: whether its answers may be trusted. Raises RejectedError."""
+    passport = passport_of(repository)
+    if passport is None:
+        return Admission()
+    stamp = workspace.read_stamp(repository)
     verdict = accuracy.read_verdict(repository, accuracy.digest_of(stamp.files, ENGINE)) if stamp else None
     return _verified(repository, passport, verdict, asked, _accept(stamp, asked))
+
+
+def check_engine(engine: Engine, asked: Asked) -> Admission:
+    """The same gate for an engine that is not packaged yet: its verdict lies beside it. Raises RejectedError."""
+    verdict = accuracy.read_verdict(engine.path, accuracy.digest_of(engine.stamp.files))
+    return _verified(engine.path, engine.passport, verdict, asked, _accept(engine.stamp, asked))
 
 
 def passport_of(repository: Path) -> Passport | None:
@@ -91,27 +107,28 @@ def passport_of(repository: Path) -> Passport | None:
 
 
 def _same_recipe(repository: Path, text: str, passport: Passport, asked: Asked) -> None:
-    """The recipe's text at the time it was built against the one that is named now; its comments do not count."""
+    """The recipe's text at the time it was built against the one that is named now."""
     if asked.recipe is None or not text:
         return
-    try:
-        changed = list(
-            workspace.differences(
-                _built_by(parse_recipe(text, asked.recipe.path), asked), _built_by(asked.recipe, asked)
-            )
-        )
-    except RecipeError:
-        changed = ["it was built from a recipe that this scalellm does not read"]
-    if changed:
+    if changed := recipe_changes(text, asked.recipe, asked.target):
         raise ArtifactError(
             f"{repository}: was built from another text of the recipe {asked.recipe.name}: " + "; ".join(changed),
             hint=asked.build(passport),
         )
 
 
-def _built_by(recipe: Recipe, asked: Asked) -> dict[str, Any]:
+def recipe_changes(text: str, recipe: Recipe, target: str | None = None) -> list[str]:
+    """What is built otherwise by ``recipe`` than by the one with that text, in words; comments do not count."""
+    try:
+        before = parse_recipe(text, recipe.path)
+    except RecipeError:
+        return ["it was built from a recipe that this scalellm does not read"]
+    return list(workspace.differences(_built_by(before, target), _built_by(recipe, target)))
+
+
+def _built_by(recipe: Recipe, target: str | None) -> dict[str, Any]:
     """The keys that decide what is built."""
-    return for_device(recipe, asked.target or recipe.device).model_dump(mode="json", exclude=_NOT_BUILT)
+    return for_device(recipe, target or recipe.device).model_dump(mode="json", exclude=_NOT_BUILT)
 
 
 def _same_gpu(repository: Path, passport: Passport, asked: Asked) -> None:
@@ -173,7 +190,7 @@ def _verified(
             f"{repository}: {why}{reason} ({passport.weights} weights on {passport.device})",
             hint=f"{command}   # what quantization changed\n"
             f"{command} --endpoint http://HOST:PORT   # what the running engine answers\n"
-            "To serve it for that comparison only: --allow-unverified",
+            "For that comparison only: --allow-unverified",
         )
     return Admission((f"--allow-unverified: {why}. Let nobody rely on them.",), why)
 

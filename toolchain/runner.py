@@ -189,6 +189,14 @@ def start(
     return Process(argv, guard, pid, log, begin)
 
 
+def detach(argv: Sequence[str], *, log: Path) -> subprocess.Popen[bytes]:
+    """Starts a program that outlives this one, in a session of its own: no guard watches it. Output goes to ``log``."""
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            list(argv), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
 def run(
     argv: Sequence[str],
     *,

@@ -12,7 +12,19 @@ import sys
 import click
 
 from toolchain import __version__
-from toolchain.cli import choosing, doors, finding, making, measuring, money, serving, verifying
+from toolchain.cli import (
+    choosing,
+    doors,
+    finding,
+    making,
+    measuring,
+    model,
+    model_doors,
+    model_packages,
+    money,
+    serving,
+    verifying,
+)
 from toolchain.errors import ScalellmError
 
 
@@ -31,16 +43,22 @@ def verbs() -> None:
 
 for _verb in (
     *(choosing.init, choosing.plan, making.commands, making.quantize, making.convert, making.build, making.package),
-    *(serving.serve, serving.infer, doors.gateway, doors.conformance),
+    *(serving.serve, serving.infer, doors.gateway, doors.conformance, model.model),
     *(verifying.verify, measuring.bench, money.score),
     *(finding.recipes, finding.inspect, finding.import_, finding.doctor, finding.completion),
 ):
     verbs.add_command(_verb)
 
+for _verb in (model_packages.package, model_packages.push, model_packages.pull):
+    model.model.add_command(_verb)
+for _verb in (model_doors.deploy, model_doors.undeploy, model_doors.run):
+    model.model.add_command(_verb)
+
 
 def _interrupted(argv: list[str]) -> str:
     """What to say after Ctrl-C: for a verb that makes artifacts, the command that continues."""
-    if not {"quantize", "convert", "build", "package", "verify"} & set(argv[:1]):
+    verb = argv[1:2] if argv[:1] == ["model"] else argv[:1]
+    if not {"quantize", "convert", "build", "package", "verify", "push", "pull", "deploy"} & set(verb):
         return "interrupted"
     return f"interrupted; finished work is kept. Continue with:\n  {shlex.join(['scalellm', *argv])}"
 

@@ -257,12 +257,18 @@ class Front:
 
     @contextmanager
     def open(self, screen: Screen) -> Iterator[None]:
-        """For the length of a ``with`` block."""
+        """For the length of a ``with`` block; says where."""
+        with self.opened():
+            _announce(screen, self.listen, self.settings)
+            yield
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """The same without a word."""
         from toolchain.stages import gateway as stage
 
         self.is_open = True
         with stage.background(self.settings, self.listen, log=self.log):
-            _announce(screen, self.listen, self.settings)
             yield
 
 

@@ -118,9 +118,21 @@ def build(**flags: Any) -> None:
 
 
 @click.command()
+@click.option("--allow-unverified", is_flag=True, help="Also an engine that failed or was never verified.")
 @stage_flags
-def package(recipe: str, model: str | None, work: Path, explain: bool, json_output: bool, verbose: int) -> None:
+def package(
+    recipe: str,
+    model: str | None,
+    work: Path,
+    allow_unverified: bool,
+    explain: bool,
+    json_output: bool,
+    verbose: int,
+) -> None:
     """Emit the Triton model repository of a finished engine. Refuses where the engine is missing or stale.
+
+    An engine that was found wrong, or was never verified though its recipe or plan asks for that, is refused, too.
+    (build emits its repository all the same: an engine has to run before its answers can be compared.)
 
     \b
     Example:
@@ -136,7 +148,14 @@ def package(recipe: str, model: str | None, work: Path, explain: bool, json_outp
             f"{engine.folder}: the engine is not up to date: {'; '.join(engine.reasons)}",
             hint=f"scalellm build --recipe {recipe}",
         )
-    screen.emit(_run_job(screen, job, "repository", explain))
+    if not explain:
+        from toolchain.admission import Asked, check_engine
+        from toolchain.engine import Engine
+
+        asked = Asked(recipe, job.recipe, allow_unverified=allow_unverified)
+        for note in check_engine(Engine.open(engine.folder), asked).notes:
+            screen.note(f"note: {note}")
+    screen.emit(run_job(screen, job, "repository", explain))
 
 
 def _run(
@@ -158,7 +177,7 @@ def _run(
             raise click.UsageError(f"--on {one}: --device does not name {device}")
     if targets == (None,):
         job = open_job(screen, recipe, model, work, **place)
-        screen.emit(_run_job(screen, job, until, explain))
+        screen.emit(run_job(screen, job, until, explain))
         return
     told: dict[str, Any] = {}
     failed: dict[str, ScalellmError] = {}
@@ -166,7 +185,7 @@ def _run(
         screen.say(f"== {target}")
         try:
             job = open_job(screen, recipe, model, work, target=target, **place)
-            told[str(target)] = _run_job(screen, job, until, explain)
+            told[str(target)] = run_job(screen, job, until, explain)
         except ScalellmError as error:
             failed[str(target)] = error
             told[str(target)] = {"error": error.message, "hint": error.hint}
@@ -181,8 +200,11 @@ def _listed(told: Mapping[str, Any], failed: Mapping[str, Any]) -> str:
     return ", ".join(target for target in told if target not in failed) or "none"
 
 
-def _run_job(screen: Screen, job: Job, until: str, explain: bool) -> Any:
-    """Make what is stale up to ``until``, or with ``explain`` only say what that would be. -> what --json prints."""
+def run_job(screen: Screen, job: Job, until: str, explain: bool = False, *, then: bool = True) -> Any:
+    """Make what is stale up to ``until``, or with ``explain`` only say what that would be. -> what --json prints.
+
+    ``then``: say what to type next.
+    """
     if explain:
         states = [state for state in job.states() if job.names.index(state.kind) <= job.names.index(until)]
         return [_explained(screen, job, state) for state in states]
@@ -193,7 +215,7 @@ def _run_job(screen: Screen, job: Job, until: str, explain: bool) -> Any:
     results = job.run(until, on_result=lambda result: screen.say(_report(result)))
     if all(result.action == "kept" for result in results):
         screen.say("Nothing to do: everything is up to date.")
-    if until == "repository":
+    if until == "repository" and then:
         device = f" --device {job.target}" if job.target else ""
         screen.say(f"Next: scalellm serve --recipe {job.spoken}{device} --work {job.work}")
     return {
