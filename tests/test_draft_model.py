@@ -189,8 +189,25 @@ def test_lists_of_pieces_and_sentencepiece_files_are_compared_too(tmp_path: Path
 
 
 def test_backend_without_drafts_is_refused_before_the_draft_is_looked_for(tmp_path: Path, model: Path) -> None:
-    with pytest.raises(PlanError, match="the openvino backend cannot do this yet"):
-        job(tmp_path, model, Path("no/such-model"), device="cpu")
+    recipe = tmp_path / "pair.yaml"
+    recipe.write_text(RECIPE.format(draft="no/such-model", tokens=4, device="a100") + "backend: tensorrt_llmapi\n")
+    with pytest.raises(PlanError, match="does not set up a draft model in TensorRT-LLM's PyTorch runtime"):
+        Job(load_recipe(str(recipe)), str(model), tmp_path / "work", Silent())
+
+
+def test_cpu_engine_and_its_draft_lie_in_one_triton_model(tmp_path: Path, model: Path, small: Path) -> None:
+    made = job(tmp_path, model, small, device="cpu")
+    assert list(actions(made, "repository")) == [
+        "checkpoint", "draft/checkpoint", "engine", "draft/engine", "repository"
+    ]  # fmt: skip
+    repository = Repository.open(made.folder / "repository")
+    assert "tensorrt_llm_draft" not in repository.models
+    assert repository.parameters["num_draft_tokens"] == 0  # for tensorrt_llm_bls, which drafts nothing here
+    version = made.folder / "repository" / "tensorrt_llm" / "1"
+    drafted, own = (json.loads((version / name / "engine.json").read_text()) for name in ("draft", "engine"))
+    assert (own["runtime"]["draft"], own["num_layers"]) == ({"tokens": 4}, 2)
+    assert (drafted["num_layers"], "draft" in drafted["runtime"]) == (1, False)
+    assert actions(job(tmp_path, model, small, device="cpu"), "repository")["repository"] == "kept"
 
 
 def test_commands_of_both_models_are_printed(tmp_path: Path, model: Path, small: Path) -> None:

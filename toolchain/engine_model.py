@@ -127,7 +127,7 @@ def check_draft(engine: Engine, draft: Engine | None) -> None:
         "pp": (there.pp, here.pp),
     }
     found = [f"its {name} is {own}, the engine's {other}" for name, (own, other) in pairs.items() if own != other]
-    if not there.runtime.get("enable_kv_cache_reuse"):
+    if here.release and not there.runtime.get("enable_kv_cache_reuse"):
         found.append("it cannot reuse its cache")
     if different := difference(engine.path, draft.path):
         found.append(f"its tokenizer is another: {different}")

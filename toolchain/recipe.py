@@ -176,17 +176,28 @@ class KvCache(Section):
     sinks: Annotated[int, Field(ge=0, le=1024)] = Field(
         default=0,
         description="The first tokens of a sequence that stay in the window for good (attention sinks, 4 as a rule); "
-        "only with window.",
+        "only with window. openvino keeps whole blocks of 32, and at least one.",
+    )
+    reuse: Switch = Field(
+        default=True,
+        description="Prefix cache: a prompt takes the keys and values of an earlier one with the same beginning. "
+        "Not with window, nor where the engine has no paged-context attention.",
     )
 
 
 class Speculative(Section):
-    """A small model drafts tokens, and the model itself checks them all in one step. The text stays the same."""
+    """Tokens are drafted cheaply, and the model itself checks them all in one step. The text stays the same."""
 
-    draft: Text = Field(
+    draft: Text | None = Field(
+        default=None,
         description="The draft model: a folder in the Hugging Face layout, or hf:ORG/NAME (ORG/NAME works too). It has "
         "the model's own tokenizer, and is quantized as the model is.",
         examples=["TinyLlama/TinyLlama-1.1B-Chat-v1.0"],
+    )
+    lookup: Annotated[int, Field(ge=1, le=16)] | None = Field(
+        default=None,
+        description="Prompt lookup instead of a draft model: where the last so many tokens, or fewer, stand earlier in "
+        "the sequence, those that followed there are drafted. 3 as a rule. Only with the openvino backend.",
     )
     tokens: Annotated[int, Field(ge=1, le=32)] = Field(
         default=4, description="Tokens that are drafted for one step of the model, at most."
@@ -326,7 +337,7 @@ class Recipe(Section):
     calibration: Calibration = Field(default=Calibration(), description="The text on which ranges are measured.")
     kv_cache: KvCache = Field(default=KvCache(), description="The cache of keys and values.")
     speculative: Speculative | None = Field(
-        default=None, description="Speculative decoding with a draft model. Default: none."
+        default=None, description="Speculative decoding with a draft model or prompt lookup. Default: none."
     )
     limits: RecipeLimits = Field(default=RecipeLimits(), description="How many sequences, and how long.")
     parallel: Parallel = Field(default=Parallel(), description="Split over several GPUs.")
@@ -447,6 +458,7 @@ def contradictions(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], s
         yield ("kv_cache", "size"), "give max_tokens or size, not both"
     longest = _whole(limits.get("max_seq_len"))
     yield from _window_contradictions(kv, longest)
+    yield from _speculative_contradictions(data)
     prompt, tokens = _whole(limits.get("max_input_len")), _whole(kv.get("max_tokens"))
     if longest and prompt and prompt > longest:
         yield ("limits", "max_input_len"), f"{prompt} is more than max_seq_len {longest}, which counts the prompt too"
@@ -461,6 +473,17 @@ def contradictions(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], s
     found = find_device(given) if isinstance(given, str) else None
     if found and not found.is_cpu and "cpu" in data:
         yield ("cpu",), f"only with device: cpu, not {found.name}"
+
+
+def _speculative_contradictions(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """One source of drafts, not none and not two."""
+    given = data.get("speculative")
+    if not isinstance(given, dict):
+        return
+    if "draft" in given and "lookup" in given:
+        yield ("speculative", "lookup"), "give draft or lookup, not both"
+    elif given.get("draft") is None and given.get("lookup") is None:
+        yield ("speculative",), "give draft: FOLDER (a small model) or lookup: 3 (tokens that are looked for)"
 
 
 def _window_contradictions(kv: Mapping[str, Any], longest: int | None) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -20,7 +20,7 @@ SENTENCES = (
 BOS, EOS = 0, 1
 
 
-def write_parrot(folder: Path, *, positions: int = 8192) -> Path:
+def write_parrot(folder: Path, *, positions: int = 8192, layers: int = 2) -> Path:
     """Train and save: config, float32 weights, tokenizer. Deterministic. About five seconds on an idle core."""
     tokenizer = _tokenizer()
     torch.manual_seed(0)
@@ -30,7 +30,7 @@ def write_parrot(folder: Path, *, positions: int = 8192) -> Path:
             vocab_size=len(tokenizer),
             hidden_size=128,
             intermediate_size=256,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=positions,

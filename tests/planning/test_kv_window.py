@@ -122,8 +122,40 @@ def test_pytorch_runtime_has_no_window(asked: str) -> None:
     assert "issue 11244" in refusal(asked, ROW, "device: a100\nbackend: tensorrt_llmapi")
 
 
-def test_openvino_refuses_a_window_and_does_not_drop_it() -> None:
-    assert "the openvino backend cannot do this yet" in refusal("window: 1024", "", "device: cpu")
+CPU = "device: cpu\nlimits: {max_batch_size: 4, max_input_len: 500}"
+
+
+def test_openvino_keeps_sinks_in_blocks_and_counts_the_whole_prompt() -> None:
+    made = plan("window: 256, sinks: 4", "", CPU)
+    assert made.window is not None
+    assert (made.window.start, made.window.recent, made.window.tokens) == (32, 192, 256)
+    assert made.max_kv_tokens == 4 * 512  # 500 tokens and one in blocks of 32
+    assert not made.kv_reuse
+    assert made.limits.max_num_tokens == 256  # a prompt may come in pieces: nothing is evicted from it
+    [told] = [one for one in made.decisions if one.name == "kv_window"]
+    assert "attended to whole" in told.reason
+    assert "highest attention scores" in told.reason
+    assert any("not the window of a TensorRT-LLM engine" in warning for warning in made.warnings)
+
+
+def test_openvino_window_of_short_prompts_takes_a_block_more_than_itself() -> None:
+    rest = "device: cpu\nlimits: {max_batch_size: 4, max_input_len: 100}"
+    assert plan("window: 256, sinks: 33", "", rest).max_kv_tokens == 4 * 320  # 288, in the plan's blocks of 64
+
+
+@pytest.mark.parametrize(
+    ("asked", "why", "hint"),
+    [
+        ("window: 256", "always keeps a first block of 32 tokens", "Use sinks: 4"),
+        ("window: 250, sinks: 4", "evicts whole blocks of 32", "Use window: 256"),
+        ("window: 64, sinks: 4", "one for the sinks", "Use window: 96"),
+        ("window: 4096, sinks: 4", "hides nothing", "smaller window"),
+    ],
+)
+def test_openvino_refuses_the_windows_that_its_eviction_lacks(asked: str, why: str, hint: str) -> None:
+    said = refusal(asked, "", "device: cpu")
+    assert why in said
+    assert hint in said
 
 
 def test_window_that_hides_nothing_is_refused() -> None:

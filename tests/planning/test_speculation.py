@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from toolchain import workspace
+from toolchain.backends import openvino, tensorrt_engine
 from toolchain.errors import PlanError
 from toolchain.family import LlamaConfig, published
 from toolchain.planning.build_flags import command, conflicts, settings
@@ -86,9 +87,83 @@ def test_what_excludes_kv_reuse_excludes_speculation(text: str, why: str) -> Non
     assert "Leave out" in said or "kv_cache dtype: fp16" in said
 
 
-def test_pytorch_runtime_and_openvino_refuse_it_by_name() -> None:
+def test_pytorch_runtime_refuses_it_by_name() -> None:
     assert "backend: tensorrt_engine" in refusal("device: a100\nbackend: tensorrt_llmapi")
-    assert "the openvino backend cannot do this yet" in refusal("device: cpu")
+
+
+CPU = "device: cpu\nlimits: {max_batch_size: 2, max_input_len: 700}\n"
+LOOKUP = "speculative: {lookup: 3, tokens: 5}\n"
+
+
+def lookup(text: str) -> Plan:
+    return make_plan(parse_recipe(f"model: m\n{LOOKUP}{text}", Path("mine.yaml")), LLAMA_13B)
+
+
+def test_cpu_engine_gets_a_draft_whose_prompts_are_never_cut() -> None:
+    made = plan(CPU)
+    assert made.limits.max_num_tokens == 700 + 5 + 1
+    told = openvino.runtime(made)
+    assert told["draft"] == {"tokens": 5}
+    assert (told["scheduler"]["dynamic_split_fuse"], told["scheduler"]["max_num_batched_tokens"]) == (False, 706)
+    assert (made.kv_reuse, told["scheduler"]["enable_prefix_caching"]) == (True, True)
+    lines = {line.name for line in made.memory.lines}
+    assert {"draft: attention weights", "draft: KV cache"} <= lines
+    assert "draft: process and libraries" not in lines
+    assert made.memory.max_kv_tokens == 2 * 4160  # 4101 tokens in blocks of 64
+
+
+def test_cpu_engine_looks_up_without_a_draft_and_without_a_prefix_cache() -> None:
+    made = lookup("device: cpu\nlimits: {max_batch_size: 64}")
+    told = openvino.runtime(made)
+    assert told["lookup"] == {"tokens": 5, "ngram": 3}
+    assert (told["scheduler"]["dynamic_split_fuse"], told["scheduler"]["enable_prefix_caching"]) == (True, False)
+    assert made.limits.max_num_tokens == 64 * 6  # a step checks all drafts
+    assert made.slice("build")["lookup"] == 3
+    assert not any(line.name.startswith("draft: ") for line in made.memory.lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "why", "hint"),
+    [
+        ("device: a100", "no release of Triton's tensorrtllm backend looks tokens up", "draft: FOLDER"),
+        ("device: a100\nbackend: tensorrt_llmapi", "a sampler without the penalties", "backend: tensorrt_engine"),
+    ],
+)
+def test_gpu_backends_refuse_lookup_with_what_they_have_instead(text: str, why: str, hint: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        lookup(text)
+    assert why in caught.value.message
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("", True), ("cpu: {precision: f32}", False), ("kv_cache: {dtype: fp32}", False)]
+)
+def test_near_ties_are_warned_about_where_arithmetic_may_be_bf16(text: str, told: bool) -> None:
+    assert any("nearly as likely" in warning for warning in plan(CPU + text).warnings) is told
+
+
+def test_cpu_engine_refuses_drafts_with_a_window() -> None:
+    assert "so the text would change" in refusal(CPU + "kv_cache: {window: 256, sinks: 4}")
+
+
+def test_int8_cache_and_several_services_are_no_hindrance_on_a_cpu() -> None:
+    made = plan(CPU + "kv_cache: {dtype: int8}\nservices: 2")
+    assert made.memory.services == 2
+
+
+def test_draft_on_a_gpu_needs_the_prefix_cache() -> None:
+    assert "kv_cache.reuse is false" in refusal("device: a100\nkv_cache: {reuse: false}")
+
+
+def test_prefix_cache_can_be_turned_off_and_a_prompt_still_comes_in_pieces() -> None:
+    recipe = "model: m\nkv_cache: {reuse: false}\ndevice: "
+    gpu, cpu = (make_plan(parse_recipe(recipe + name, Path("mine.yaml")), LLAMA_13B) for name in ("a100", "cpu"))
+    told = tensorrt_engine.runtime(gpu)
+    assert (told["enable_kv_cache_reuse"], told["enable_chunked_context"]) == (False, True)
+    assert openvino.runtime(cpu)["scheduler"]["enable_prefix_caching"] is False
+    assert cpu.slice("build")["kv_reuse"] is False
+    assert any((one.name, one.reason) == ("kv_reuse", "named by the recipe") for one in cpu.decisions)
 
 
 def test_draft_with_ids_that_the_model_lacks_is_refused() -> None:

@@ -82,7 +82,7 @@ def runtime(plan: Plan) -> dict[str, Any]:
     found: dict[str, Any] = {
         "max_tokens_in_paged_kv_cache": plan.max_kv_tokens,
         "enable_kv_cache_reuse": plan.kv_reuse,
-        "enable_chunked_context": plan.kv_reuse,
+        "enable_chunked_context": plan.chunked_context,
     }
     if plan.window:
         found |= {"max_attention_window_size": plan.window.tokens, "sink_token_length": plan.window.sinks}

@@ -7,7 +7,7 @@ from pathlib import Path
 from toolchain.errors import PlanError
 from toolchain.pipeline.source import Model
 from toolchain.planning.plan import Plan
-from toolchain.planning.speculation import BACKEND, draft_recipe
+from toolchain.planning.speculation import BACKENDS, draft_recipe
 from toolchain.progress import Progress
 from toolchain.recipe import Recipe
 from toolchain.vocabulary import difference
@@ -18,7 +18,7 @@ def open_model(recipe: Recipe, folder: Path, progress: Progress) -> Model | None
 
     None without one, and for a backend that the plan will refuse: nothing is downloaded for that.
     """
-    if recipe.speculative is None or recipe.chosen_backend != BACKEND:
+    if recipe.speculative is None or recipe.speculative.draft is None or recipe.chosen_backend not in BACKENDS:
         return None
     return Model(recipe.speculative.draft, folder / "draft" / "checkpoint", folder / "draft" / "imported", progress)
 
@@ -26,8 +26,7 @@ def open_model(recipe: Recipe, folder: Path, progress: Progress) -> Model | None
 def recipe_of(plan: Plan) -> Recipe:
     """The draft model's own recipe."""
     assert plan.speculation is not None
-    assert plan.release is not None
-    tokens, version = plan.max_kv_tokens, plan.release.version
+    tokens, version = plan.max_kv_tokens, plan.release.version if plan.release else None
     return draft_recipe(plan.recipe, plan.speculation, plan.limits, kv_tokens=tokens, release=version)
 
 

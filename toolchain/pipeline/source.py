@@ -117,7 +117,7 @@ def look(recipe: Recipe, work: Path, progress: Progress) -> tuple[Model, LlamaCo
     """The model behind a recipe, and its draft model's configuration, to plan with: nothing is made or imported."""
     folder = work / recipe.name
     model = Model(recipe.model, folder / "checkpoint", folder / "imported", progress)
-    if recipe.speculative is None:
+    if recipe.speculative is None or recipe.speculative.draft is None:
         return model, None
     draft = folder / "draft"
     return model, Model(recipe.speculative.draft, draft / "checkpoint", draft / "imported", progress).config

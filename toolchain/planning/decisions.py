@@ -331,15 +331,33 @@ def choose_limits(recipe: Recipe, config: LlamaConfig, notes: Notes, *, fused: b
     tokens, reason, source = _step(recipe, longest, cpu)
     if not fused and tokens < prompt:
         tokens, reason = prompt, "raised to max_input_len: without fused attention a prompt is one piece"
-    if recipe.kv_cache.window and fused and tokens < prompt:
+    if recipe.kv_cache.window and fused and not cpu and tokens < prompt:
         tokens, reason = prompt, "raised to max_input_len: with a window over the cache a prompt is one piece"
     if recipe.speculative and not cpu and tokens < longest:
         if asked.max_num_tokens:
             needs = "speculative sends the whole sequence in each step"
             notes.refuse(f"limits.max_num_tokens {tokens}: {needs}", f"Use max_num_tokens: {longest}")
         tokens, reason = longest, "raised to max_seq_len: speculative decoding sends the whole sequence in each step"
+    if recipe.speculative and cpu:
+        tokens, reason = _drafting_step(recipe, prompt, tokens, reason)
     notes.decide("max_num_tokens", tokens, reason, source)
     return Limits(asked.max_batch_size, longest, prompt, tokens)
+
+
+def _drafting_step(recipe: Recipe, prompt: int, tokens: int, reason: str) -> tuple[int, str]:
+    """A step of the openvino backend that never cuts drafts, nor, with a draft model, a prompt.
+
+    OpenVINO GenAI 2026.4.1 gives wrong tokens where prompts are cut while the draft model writes (measured).
+    """
+    assert recipe.speculative is not None
+    drafted = recipe.speculative.tokens + 1
+    checked, whole = recipe.limits.max_batch_size * drafted, prompt + drafted
+    if recipe.speculative.draft and whole > max(tokens, checked):
+        reason = "with a draft model a prompt is one piece, drafts included, and a long one stalls every stream"
+        return whole, f"raised to max_input_len + drafted tokens + 1: {reason}"
+    if checked > tokens:
+        return checked, "raised to max_batch_size x (drafted tokens + 1): a step checks them all"
+    return tokens, reason
 
 
 def _step(recipe: Recipe, longest: int, cpu: bool) -> tuple[int, str, str]:

@@ -43,8 +43,9 @@ CPU_FP8_BITS = 16
 """OpenVINO's CPU plugin has no FP8 kernel: the engine keeps FP8 weights as 16-bit numbers, which hold every e4m3 number
 exactly. Measured with 2026.4.1 under bf16."""
 
-PROCESS = "CUDA context"
-"""The term that two engines in one process share."""
+PROCESS, CPU_PROCESS = "CUDA context", "process and libraries"
+ONCE_A_PROCESS = (PROCESS, CPU_PROCESS)
+"""The terms that two engines in one process share."""
 
 DRAFT = "draft: "
 """How the terms of a draft model begin."""
@@ -220,7 +221,7 @@ def memory_plan(
     draft_per_token = kv_bytes_per_token(draft, kv, tp=tp, pp=pp, cpu=device.is_cpu) if draft else 0
     if draft:
         lines_of_draft = _fixed(draft, weights, limits, device, tp=tp, pp=pp, group_size=group_size)
-        fixed += [replace(line, name=DRAFT + line.name) for line in lines_of_draft if line.name != PROCESS]
+        fixed += [replace(line, name=DRAFT + line.name) for line in lines_of_draft if line.name not in ONCE_A_PROCESS]
     available = device.memory_bytes if device.memory_bytes is not None else host_memory_bytes
     free = None if available is None else (available - reserve_bytes) // services - sum(line.bytes for line in fixed)
     if kv_pool_bytes is not None:
@@ -280,7 +281,7 @@ def _fixed(
     logits = limits.max_batch_size * config.vocab_size * 4 * LOGITS_COPIES
     yield MemoryLine("logits", logits, f"{limits.max_batch_size} x {config.vocab_size} x 4 B x {LOGITS_COPIES}")
     if device.is_cpu:
-        yield MemoryLine("process and libraries", CPU_PROCESS_BYTES, "our assumption")
+        yield MemoryLine(CPU_PROCESS, CPU_PROCESS_BYTES, "our assumption")
     else:
         yield MemoryLine(PROCESS, CUDA_CONTEXT_BYTES, "551 MiB a process, aiconfigurator 2025")
         yield MemoryLine("runtime workspaces", RUNTIME_BYTES, "our assumption")

@@ -22,7 +22,7 @@ from toolchain.planning.gate import Gate, choose_gate
 from toolchain.planning.kv_window import KvWindow, choose_window
 from toolchain.planning.latency import Deployment, interconnect
 from toolchain.planning.memory import MemoryPlan
-from toolchain.planning.speculation import Speculation, check_reuse, choose_speculation
+from toolchain.planning.speculation import CPU, Speculation, check_reuse, check_window, choose_speculation
 from toolchain.quantization import KV, WEIGHTS, KvScheme, WeightScheme
 from toolchain.recipe import Recipe
 from toolchain.release import Release, backends
@@ -77,6 +77,12 @@ class Plan:
     @property
     def kv_reuse(self) -> bool:
         """Whether the runtime may take keys and values of earlier requests with the same beginning."""
+        looks_up = self.speculation is not None and self.speculation.lookup > 0
+        return self.recipe.kv_cache.reuse and self.chunked_context and not looks_up
+
+    @property
+    def chunked_context(self) -> bool:
+        """Whether a prompt may be computed in several pieces."""
         return self.paged_context_fmha and self.window is None
 
     @property
@@ -86,9 +92,13 @@ class Plan:
 
     @property
     def sparse(self) -> dict[str, Any]:
-        """Window, sinks and drafted tokens as plain JSON, where there are any."""
-        window = {"window": self.window.tokens, "sinks": self.window.sinks} if self.window else {}
-        return {**window, **({"draft_tokens": self.speculation.tokens} if self.speculation else {})}
+        """Window, sinks, drafted tokens and a prefix cache that is off, as plain JSON, where there are any."""
+        found: dict[str, Any] = {"window": self.window.tokens, "sinks": self.window.sinks} if self.window else {}
+        if self.speculation:
+            found["draft_tokens"] = self.speculation.tokens
+        if self.speculation and self.speculation.lookup:
+            found["lookup"] = self.speculation.lookup
+        return found if self.recipe.kv_cache.reuse else {**found, "kv_reuse": False}
 
     @property
     def checkpoint_kv(self) -> str:
@@ -267,12 +277,16 @@ def _shape(recipe: Recipe, config: LlamaConfig, draft: LlamaConfig | None, notes
     fused = rules.fused_attention(target)
     limits = rules.choose_limits(recipe, config, notes, fused=fused, cpu=target.is_cpu)
     window = choose_window(recipe, config, limits, backend, release, notes)
+    if not recipe.kv_cache.reuse:
+        notes.decide("kv_reuse", False, "named by the recipe")
     sinks = window is not None and window.sinks > 0
     paged = rules.paged_context(backend, weights, kv, fused, release, target, notes, sinks=sinks)
     speculation = choose_speculation(recipe, config, draft, limits, backend, notes)
-    if speculation:
+    if backend == CPU and speculation:
+        check_window(window, notes)
+    elif speculation:
         fp8_fused = release is None or target.sm in release.fp8_context_sms
-        check_reuse(weights, kv, window, fused=fused, fp8_fused=fp8_fused, notes=notes)
+        check_reuse(weights, kv, window, fused=fused, fp8_fused=fp8_fused, notes=notes, asked=recipe.kv_cache.reuse)
     rules.check_shapes(recipe, config, group_size, target, notes)
     rules.check_loader(recipe, config, weights, group_size, backend, notes)
     return _Shape(

@@ -76,7 +76,9 @@ class PlanJson(_Part):
     build_peaks: list[Peak]
     window: int = Field(default=0, description="Only with a window over the cache.")
     sinks: int = 0
-    draft_tokens: int = Field(default=0, description="Only with a draft model.")
+    draft_tokens: int = Field(default=0, description="Only with a draft model or prompt lookup.")
+    lookup: int = Field(default=0, description="Tokens that are looked for; only with prompt lookup.")
+    kv_reuse: bool = Field(default=True, description="Only where the recipe turns the prefix cache off.")
     method: str | None = Field(default=None, description="From here on: only where the checkpoint is calibrated.")
     clip: bool | None = None
     fp8_scales: str | None = None

@@ -1,7 +1,8 @@
 """Write the Triton model repository that serves an engine.
 
     OUT/preprocessing  OUT/tensorrt_llm  OUT/postprocessing  OUT/ensemble  OUT/tensorrt_llm_bls      (version folder 1)
-    OUT/tensorrt_llm_draft    where there is a draft model, the same as tensorrt_llm with its own engine and numbers
+    OUT/tensorrt_llm_draft    where there is a draft model, the same as tensorrt_llm with its own engine and numbers;
+                              a CPU engine drafts by itself, from OUT/tensorrt_llm/1/draft
 
 The models' files come from ``model_repo_templates``: ``common`` is the same for every backend, ``tensorrt_llm`` comes
 from the backend's own folder, or, for a TensorRT-LLM engine, from what its release knows (``engine_model``), and the
@@ -118,7 +119,7 @@ def package(
     configurations = render_all(texts, values)
     if backend == RENDERED:
         configurations[ENGINE_MODEL] = model.config(f"{ENGINE_MODEL}/1/engine", _queue(engine))
-    if draft:
+    if draft and backend == RENDERED:
         folder, second = f"{DRAFT_MODEL}/1/engine", EngineModel.of(draft)
         configurations[DRAFT_MODEL] = second.config(folder, _queue(engine), name=DRAFT_MODEL)
     for name, text in configurations.items():
@@ -126,7 +127,10 @@ def package(
         for shared in _shared(name, backend):
             shutil.copyfile(templates / "common" / "shared" / shared, out / name / "1" / shared)
     known = _place_tokenizer(engine, out) | _place_engine(engine, out, ENGINE_MODEL)
-    known |= _place_engine(draft, out, DRAFT_MODEL) if draft else {}
+    if draft and backend == RENDERED:
+        known |= _place_engine(draft, out, DRAFT_MODEL)
+    elif draft:
+        known |= _place(draft, list(draft.stamp.files), out, Path(ENGINE_MODEL) / "1" / "draft")
     contents = {**_contents(engine, services), "models": sorted(configurations), "parameters": values}
     workspace.write_durably(out / CONTENTS, (json.dumps(contents, indent=2, sort_keys=True) + "\n").encode())
     return known
@@ -165,7 +169,8 @@ def defaults(engine: Engine) -> dict[str, Value]:
 
 
 def _drafting(engine: Engine, draft: Engine | None) -> dict[str, Value]:
-    """What ``tensorrt_llm_bls`` must know of the draft model."""
+    """What ``tensorrt_llm_bls`` must know of the draft model that it asks itself."""
+    draft = draft if engine.passport.backend == RENDERED else None
     return {
         "tensorrt_llm_draft_model_name": DRAFT_MODEL if draft else "",
         "num_draft_tokens": engine.passport.runtime["draft"]["tokens"] if draft else 0,

@@ -98,6 +98,7 @@ class Specification:
     include_prompt: bool = False
     count_input: bool = False
     count_output: bool = False
+    count_drafts: bool = False
 
 
 def prompt_ids(inputs: dict[str, np.ndarray], limits: Limits) -> np.ndarray:

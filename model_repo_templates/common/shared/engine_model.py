@@ -29,7 +29,8 @@ _POLL_S = 0.2
 
 OnEvents = Callable[[list[tuple[Any, ...]], dict[str, Any]], None]
 """Takes the events of one step and the engine's status. An event is (key, row, ids, log probs or None, finish or None,
-detail); ``finish`` is "stop" (an end id, which is not among the ids), "length" or "error" (``detail`` says what)."""
+detail); ``finish`` is "stop" (an end id, which is not among the ids), "length" or "error" (``detail`` says what).
+Otherwise ``detail`` is empty, or (accepted, drafted) tokens of the request so far."""
 
 
 class RunningEngine(Protocol):
@@ -197,7 +198,7 @@ class EngineModel:
             if finish == "error":
                 event: tuple[Any, ...] = ("failed", detail, "INTERNAL")
             else:
-                event = ("tokens", index + row, ids, log_probs, finish)
+                event = ("tokens", index + row, ids, log_probs, finish, detail)
             self._lane(generation).put(generation, event)
 
     def _fail_all(self, reason: str) -> None:

@@ -29,6 +29,8 @@ class _Row:
     cumulative: float = 0.0
     sent_tokens: int = 0
     ended: bool = False
+    drafts: tuple[int, int] = (0, 0)
+    """(accepted, drafted) tokens so far."""
 
 
 class Generation:
@@ -64,7 +66,8 @@ class Generation:
             return not self.done and self._sender.is_cancelled()
 
     def absorb(self, event: tuple[Any, ...]) -> bool:
-        """("tokens", row, ids, log probs or None, finish or None), ("stopped",) or ("failed", text, code).
+        """("tokens", row, ids, log probs or None, finish or None, (accepted, drafted) or empty), ("stopped",) or
+        ("failed", text, code).
 
         True when it should be sent at once: first tokens, the end, an error.
         """
@@ -75,10 +78,11 @@ class Generation:
             for row in self._rows:
                 row.ended = True
             return True
-        _, index, ids, log_probs, finish = event
+        _, index, ids, log_probs, finish, drafts = event
         row = self._rows[index]
         if row.ended:
             return False
+        row.drafts = drafts or row.drafts
         self._take(row, index, ids, log_probs, finish)
         ended = all(row.ended for row in self._rows)
         return ended or (not self._first_sent and self.specification.streaming and bool(row.ids))
@@ -145,7 +149,7 @@ class Generation:
             tensors["num_input_tokens"] = np.full((1, 1), len(spec.prompt), dtype=np.int32)
         if spec.count_output:
             tensors["num_output_tokens"] = np.full((1, 1), sum(row.sent_tokens for row in rows), dtype=np.int32)
-        return tensors
+        return {**tensors, **_drafts(rows)} if spec.count_drafts else tensors
 
     def _send(self, tensors: dict[str, np.ndarray], *, final: bool) -> None:
         self._first_sent = True
@@ -154,3 +158,13 @@ class Generation:
             self._sender.send(tensors, final=final)
         if final:
             self._on_done(self)
+
+
+def _drafts(rows: list[_Row]) -> dict[str, np.ndarray]:
+    """How many tokens were drafted for these rows, and how many of them the answer has."""
+    accepted, drafted = (sum(row.drafts[place] for row in rows) for place in (0, 1))
+    return {
+        "acceptance_rate": np.full((1, 1), accepted / max(1, drafted), dtype=np.float32),
+        "total_accepted_draft_tokens": np.full((1, 1), accepted, dtype=np.int32),
+        "total_draft_tokens": np.full((1, 1), drafted, dtype=np.int32),
+    }

@@ -77,6 +77,9 @@ def runtime(plan: Plan) -> dict[str, Any]:
         max_step_tokens=plan.limits.max_num_tokens,
         precision=plan.recipe.cpu.precision,
         threads=plan.recipe.cpu.threads,
+        reuse=plan.kv_reuse,
+        window=plan.window,
+        speculation=plan.speculation,
     )
 
 

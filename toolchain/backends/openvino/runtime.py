@@ -16,6 +16,8 @@ from math import ceil
 from typing import Any
 
 from toolchain.errors import PlanError
+from toolchain.planning.kv_window import KvWindow
+from toolchain.planning.speculation import Speculation
 
 BLOCK_TOKENS = 32
 """Tokens in one block of the paged cache on a CPU."""
@@ -36,14 +38,20 @@ def settings(
     max_step_tokens: int,
     precision: str = "auto",
     threads: int | None = None,
+    reuse: bool = True,
+    window: KvWindow | None = None,
+    speculation: Speculation | None = None,
 ) -> dict[str, Any]:
-    """-> ``{"properties": {...}, "scheduler": {...}}``.
+    """-> ``{"properties": {...}, "scheduler": {...}}``, with a window ``"eviction"``, and ``"draft"`` or ``"lookup"``.
 
     ``kv`` is ``int8``, ``fp16`` or ``fp32``; ``cache_tokens`` is rounded up to blocks of 32, all of which the
     sequences in flight can fill. ``precision``: with ``auto`` OpenVINO takes bf16 where the CPU has it; an fp32 cache
     needs f32 arithmetic (OpenVINO refuses to load otherwise), so it implies it. Activations of int4 and int8 layers
     stay at that precision: OpenVINO's default would round them to 8 bits (prompts about twice as fast, and no longer
     W4A16 or W8A16).
+
+    With drafts a step is what the plan says, because it must hold all that is checked. A prompt is then cut with prompt
+    lookup and not with a draft model: GenAI 2026.4.1 gives wrong tokens the other way round (measured, both).
 
     Raises PlanError for a cache that OpenVINO does not have.
     """
@@ -60,12 +68,29 @@ def settings(
         properties["INFERENCE_NUM_THREADS"] = threads
     scheduler = {
         "num_kv_blocks": ceil(cache_tokens / BLOCK_TOKENS),
-        "max_num_batched_tokens": min(max_step_tokens, STEP_TOKENS),
+        "max_num_batched_tokens": max_step_tokens if speculation else min(max_step_tokens, STEP_TOKENS),
         "max_num_seqs": max_sequences,
-        "dynamic_split_fuse": True,
-        "enable_prefix_caching": True,
+        "dynamic_split_fuse": speculation is None or speculation.lookup > 0,
+        "enable_prefix_caching": reuse,
     }
-    return {"properties": properties, "scheduler": scheduler}
+    return {"properties": properties, "scheduler": scheduler, **_eviction(window), **_drafting(speculation)}
+
+
+def _eviction(window: KvWindow | None) -> dict[str, Any]:
+    """The sizes of CacheEvictionConfig, in tokens."""
+    if window is None:
+        return {}
+    sizes = {"start_size": window.start, "recent_size": window.recent, "max_cache_size": window.tokens}
+    return {"eviction": sizes}
+
+
+def _drafting(speculation: Speculation | None) -> dict[str, Any]:
+    """What is drafted in a step, and from what: a draft model's engine, or the sequence itself."""
+    if speculation is None:
+        return {}
+    if speculation.lookup:
+        return {"lookup": {"tokens": speculation.tokens, "ngram": speculation.lookup}}
+    return {"draft": {"tokens": speculation.tokens}}
 
 
 def kv_bytes_per_token(*, kv: str, num_layers: int, num_kv_heads: int, head_dim: int) -> float:

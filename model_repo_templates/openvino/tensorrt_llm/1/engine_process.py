@@ -10,7 +10,8 @@ nothing of Triton or text.
 
 Messages in:  ("add", key, ids as bytes of int64, options)   ("cancel", key)   ("stop",)
 Messages out: ("ready", details)   ("step", [(key, row, ids, log probs or None, finish or None, detail)], status)
-              ``finish``: "stop" (end id), "length", "error" (``detail`` says what). ``row`` counts the beams.
+              ``finish``: "stop" (end id), "length", "error" (``detail`` says what). ``row`` counts the beams. Otherwise
+              ``detail`` is empty, or with speculative decoding (accepted, drafted) tokens of the request so far.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import openvino_genai as genai
+from drafting import Count, Drafting
+from pipeline import open_pipeline
 
 _PR_SET_PDEATHSIG = 1
 """linux/prctl.h: the signal that this process gets when its parent dies."""
@@ -48,10 +51,11 @@ class Engine:
             if not hasattr(scheduler, name):
                 raise ValueError(f"engine.json: runtime.scheduler.{name} is unknown to this OpenVINO GenAI")
             setattr(scheduler, name, value)
-        self._pipeline = genai.ContinuousBatchingPipeline(
-            str(folder), scheduler, runtime.get("device", "CPU"), dict(runtime.get("properties", {}))
-        )
-        self._max_sequences = scheduler.max_num_seqs
+        self._pipeline = open_pipeline(folder, passport, scheduler)
+        self._drafting = Drafting.of(runtime)
+        self._counts: dict[int, Count] = {}
+        self._steps = self._drafted = self._accepted = 0
+        self._max_sequences, self._max_blocks = scheduler.max_num_seqs, scheduler.num_kv_blocks
         self._eos_ids = list(passport["eos_token_ids"])
         self._waiting: deque[tuple[int, bytes, dict[str, Any]]] = deque()
         self._running: dict[int, tuple[Any, dict[str, Any]]] = {}
@@ -62,11 +66,13 @@ class Engine:
         return bool(self._waiting or self._running)
 
     def status(self) -> dict[str, Any]:
-        """How many requests run and wait, and how full the KV cache is (percent)."""
+        """How many requests run and wait, how full the KV cache is (percent), steps so far, and what was drafted."""
         if not self._pipeline.has_non_finished_requests():
             self._pipeline.step()  # an empty one: it counts the blocks again, now without those of the last request
         usage = float(self._pipeline.get_metrics().cache_usage)
-        return {"running": len(self._running), "waiting": len(self._waiting), "kv_usage_percent": round(usage, 2)}
+        found = {"running": len(self._running), "waiting": len(self._waiting), "kv_usage_percent": round(usage, 2)}
+        drafts = {"drafted": self._drafted, "accepted": self._accepted} if self._drafting else {}
+        return {**found, "steps": self._steps, **drafts}
 
     def add(self, key: int, ids: bytes, options: dict[str, Any]) -> None:
         self._waiting.append((key, ids, options))
@@ -74,6 +80,7 @@ class Engine:
     def cancel(self, key: int) -> None:
         """Forget a request. Its blocks are freed in the next step; no event follows."""
         entry = self._running.pop(key, None)
+        self._counts.pop(key, None)
         if entry is not None:
             entry[0].cancel()
             self._sequences -= _width(entry[1])
@@ -85,6 +92,7 @@ class Engine:
         events = self._start_waiting()
         if self._pipeline.has_non_finished_requests():
             self._pipeline.step()
+            self._steps += 1
         for key in list(self._running):
             events.extend(self._events_of(key))
         return events
@@ -96,7 +104,7 @@ class Engine:
 
     def _start_waiting(self) -> list[tuple[Any, ...]]:
         events: list[tuple[Any, ...]] = []
-        while self._waiting and self._sequences + _width(self._waiting[0][2]) <= self._max_sequences:
+        while self._waiting and self._has_room(*self._waiting[0]):
             key, ids, options = self._waiting.popleft()
             try:
                 prompt = ov.Tensor(np.frombuffer(ids, dtype=np.int64).reshape(1, -1).copy())
@@ -105,8 +113,20 @@ class Engine:
                 events.append((key, 0, [], None, "error", str(error)))
                 continue
             self._running[key] = (handle, options)
+            if self._drafting:
+                self._counts[key] = Count(self._drafting, len(ids) // 8, options["max_new_tokens"])
             self._sequences += _width(options)
         return events
+
+    def _has_room(self, _key: int, ids: bytes, options: dict[str, Any]) -> bool:
+        """Whether a request can start now. With drafts only where the cache has room for all that it may become: a full
+        cache makes GenAI take sequences back, and 2026.4.1 cannot do that to one with prompt lookup."""
+        if self._sequences + _width(options) > self._max_sequences:
+            return False
+        if self._drafting is None or not self._counts:
+            return True
+        needed = Count(self._drafting, len(ids) // 8, options["max_new_tokens"]).blocks
+        return needed + sum(count.blocks for count in self._counts.values()) <= self._max_blocks
 
     def _configured(self, options: dict[str, Any]) -> genai.GenerationConfig:
         """Options named as GenAI's own attributes. ``stop_token_ids`` empty: never end before ``max_new_tokens``."""
@@ -114,6 +134,8 @@ class Engine:
         for name, value in options.items():
             if name not in ("early", "stop_token_ids"):
                 setattr(config, name, value)
+        for name, value in (self._drafting.told(options) if self._drafting else {}).items():
+            setattr(config, name, value)
         stops = options["stop_token_ids"]
         config.ignore_eos = not stops
         # add_request would add the model's own end ids to a config that has no eos_token_id, and refuses the -1 that
@@ -136,17 +158,30 @@ class Engine:
                 ids.extend(output.generated_ids)
                 probabilities.extend(output.generated_log_probs)
                 rows[row] = (ids, probabilities, output.finish_reason)
+        told = self._count(key, sum(len(ids) for ids, _logs, _reason in rows.values()))
         if status == _RUNNING:
-            return [(key, row, *_tokens(ids, logs, options), None, "") for row, (ids, logs, _) in rows.items() if ids]
+            return [(key, row, *_tokens(ids, logs, options), None, told) for row, (ids, logs, _) in rows.items() if ids]
         del self._running[key]
+        self._counts.pop(key, None)
         self._sequences -= _width(options)
         if status != _FINISHED:
             return [(key, 0, [], None, "error", "the KV cache is too small for this request")]
         wanted = options.get("num_return_sequences", 1)
         rows = rows or {0: ([], [], genai.GenerationFinishReason.STOP)}
-        return [(key, row, *_finished(ids, logs, reason, options)) for row, (ids, logs, reason) in rows.items()][
+        return [(key, row, *_finished(ids, logs, reason, options), told) for row, (ids, logs, reason) in rows.items()][
             :wanted
         ]
+
+    def _count(self, key: int, tokens: int) -> Any:
+        """Tokens of one step of a request -> (accepted, drafted) so far; empty without speculative decoding."""
+        count = self._counts.get(key)
+        if count is None:
+            return ""
+        drafted, accepted = count.drafted, count.accepted
+        count.step(tokens)
+        self._drafted += count.drafted - drafted
+        self._accepted += count.accepted - accepted
+        return count.accepted, count.drafted
 
 
 def _width(options: dict[str, Any]) -> int:
@@ -162,7 +197,7 @@ def _finished(ids: list[int], log_probs: list[float], reason: Any, options: dict
     stopped = reason == genai.GenerationFinishReason.STOP
     if ids and ids[-1] in options["stop_token_ids"]:
         ids, log_probs, stopped = ids[:-1], log_probs[:-1], True
-    return *_tokens(ids, log_probs, options), "stop" if stopped else "length", ""
+    return *_tokens(ids, log_probs, options), "stop" if stopped else "length"
 
 
 def warm_up(engine: Engine, vocab_size: int, max_tokens: int) -> None:
