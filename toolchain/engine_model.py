@@ -16,6 +16,7 @@ from toolchain.release import releases
 from toolchain.triton_model import LOGITS, NAME, Setting, TritonModel, config, triton_model
 from toolchain.vocabulary import difference
 
+TOKENIZER_INFO = "xgrammar_tokenizer_info.json"
 SCHEDULER = "guaranteed_no_evict"
 """Never takes back a sequence that has begun: the default of every release, and what the plan's token budget is for."""
 _RUNTIME = (
@@ -98,6 +99,8 @@ class EngineModel:
             "batch_scheduler_policy": SCHEDULER,
             "kv_cache_free_gpu_mem_fraction": KV_FREE_FRACTION,
             **runtime,
+            **({"lora_prefetch_dir": f"{engine_folder}/lora"} if self.passport.runtime.get("lora") else {}),
+            **(_guided(name) if self.passport.runtime.get("guided_decoding") else {}),
         }
         return config(
             self.model,
@@ -107,6 +110,11 @@ class EngineModel:
             logits=self.logits,
             name=name,
         )
+
+
+def _guided(name: str) -> dict[str, Setting]:
+    """The C++ backend takes no tokenizer but this file, relative to the folder that the server is started in."""
+    return {"guided_decoding_backend": "xgrammar", "xgrammar_tokenizer_info_path": f"{name}/1/{TOKENIZER_INFO}"}
 
 
 def check_draft(engine: Engine, draft: Engine | None) -> None:

@@ -204,6 +204,15 @@ class Speculative(Section):
     )
 
 
+class LoraAdapter(Section):
+    """A LoRA adapter beside the model."""
+
+    name: Name = Field(description="What requests call it: model MODEL:NAME; lora_task_id counts from 1.")
+    path: Text = Field(
+        description="A folder that peft has saved, with adapter_model.safetensors, relative to the current folder."
+    )
+
+
 class RecipeLimits(Section):
     """What the engine is made for."""
 
@@ -339,6 +348,14 @@ class Recipe(Section):
     speculative: Speculative | None = Field(
         default=None, description="Speculative decoding with a draft model or prompt lookup. Default: none."
     )
+    lora: Annotated[list[LoraAdapter], Field(max_length=16)] = Field(
+        default=[], description="LoRA adapters that requests may name. Default: none."
+    )
+    guided_decoding: Literal["xgrammar"] | None = Field(
+        default=None,
+        description="xgrammar: requests may hold their answers to a JSON schema, a regex or a grammar. "
+        "Default: such requests are refused.",
+    )
     limits: RecipeLimits = Field(default=RecipeLimits(), description="How many sequences, and how long.")
     parallel: Parallel = Field(default=Parallel(), description="Split over several GPUs.")
     services: Few = Field(default=1, description="Copies of the service on the same device.")
@@ -464,6 +481,11 @@ def contradictions(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], s
         yield ("limits", "max_input_len"), f"{prompt} is more than max_seq_len {longest}, which counts the prompt too"
     if longest and tokens and tokens < longest and "window" not in kv:
         yield ("kv_cache", "max_tokens"), f"{tokens} holds not even one sequence of max_seq_len {longest}"
+    adapters = data.get("lora")
+    named = [one.get("name") for one in adapters if isinstance(one, dict)] if isinstance(adapters, list) else []
+    for place, name in enumerate(named):
+        if name is not None and name in named[:place]:
+            yield ("lora",), f"two adapters are called {name}"
     taken: dict[int, str] = {}
     for key, default in (("http_port", 8000), ("grpc_port", 8001), ("metrics_port", 8002)):
         port = serve.get(key, default)

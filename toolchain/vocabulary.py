@@ -23,7 +23,7 @@ def difference(model: Path, draft: Path) -> str:
     nothing can be compared. Raises ArtifactError for a tokenizer file that cannot be read.
     """
     if all((folder / FAST).is_file() for folder in (model, draft)):
-        return _first(_tokens(model / FAST), _tokens(draft / FAST))
+        return _first(tokens(read_json(model / FAST)), tokens(read_json(draft / FAST)))
     if all((folder / SLOW).is_file() for folder in (model, draft)):
         same = workspace.sha256_of(model / SLOW) == workspace.sha256_of(draft / SLOW)
         return "" if same else f"their files {SLOW} differ"
@@ -39,9 +39,8 @@ def _first(model: Mapping[int, str], draft: Mapping[int, str]) -> str:
     return ""
 
 
-def _tokens(file: Path) -> dict[int, str]:
-    """Id -> token, of a ``tokenizer.json``: BPE and WordPiece have a table, Unigram a list of pairs."""
-    raw = read_json(file)
+def tokens(raw: Mapping[str, Any]) -> dict[int, str]:
+    """Id -> token, of a parsed ``tokenizer.json``: BPE and WordPiece have a table, Unigram a list of pairs."""
     vocabulary: Any = raw.get("model", {}).get("vocab", {})
     if isinstance(vocabulary, dict):
         found = {int(token_id): str(token) for token, token_id in vocabulary.items()}

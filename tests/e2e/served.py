@@ -20,6 +20,7 @@ KINDS = {
     "stop_words": "BYTES",
     "bad_words": "BYTES",
     "guided_decoding_guide": "BYTES",
+    "guided_decoding_guide_type": "BYTES",
     "max_tokens": "INT32",
     "top_k": "INT32",
     "end_id": "INT32",

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.e2e.parrot import EOS, SENTENCES, write_parrot
 from tests.e2e.served import Served, ServerError, inputs, until_final
 from toolchain import workspace
+from toolchain.adapters import Adapter
 from toolchain.backends import openvino
+from toolchain.backends.openvino.guides import write_guides
 from toolchain.backends.openvino.runtime import settings
 from toolchain.checkpoint import Checkpoint
 from toolchain.engine import Engine, Limits, Passport, write_passport
@@ -73,12 +75,18 @@ def serving(engine: Engine, work: Path, **parameters: str) -> Iterator[Served]:
         supervisor.kill()
 
 
-def make_engine(model: Path, target: Path) -> Engine:
+def make_engine(model: Path, target: Path, *, guided: bool = False, adapters: Sequence[Adapter] = ()) -> Engine:
     """The OpenVINO engine of a small model, computed in fp32 so that greedy tokens can be compared."""
     checkpoint = Checkpoint.open(model)
     config = checkpoint.config
     with workspace.draft(target, "engine", {}) as draft:
-        openvino.write(checkpoint, draft.path, Silent())
+        openvino.write(checkpoint, draft.path, Silent(), adapters)
+        runtime = settings(kv="fp32", cache_tokens=20000, max_sequences=16, max_step_tokens=256, threads=1)
+        if guided:
+            write_guides(model, config, draft.path, copies=len(adapters) + 1)
+            runtime["guided_decoding"] = "xgrammar"
+        if adapters:
+            runtime["lora"] = [adapter.name for adapter in adapters]
         passport = Passport(
             backend="openvino",
             recipe="parrot",
@@ -93,7 +101,7 @@ def make_engine(model: Path, target: Path) -> Engine:
             limits=LIMITS,
             device="cpu",
             sm=None,
-            runtime=settings(kv="fp32", cache_tokens=20000, max_sequences=16, max_step_tokens=256, threads=1),
+            runtime=runtime,
             versions={},
             checkpoint="",
         )

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 from google.protobuf import text_format
+from tokenizers import Tokenizer
 from tritonclient.grpc import model_config_pb2
 
 from tests import triton_contract
+from tests.e2e.parrot import write_tokenizer
 from tests.engine_folder import config_json, write_engine
 from tests.stages.test_package import make_engine
 from tests.test_triton_model import RELEASES
@@ -213,3 +215,27 @@ def test_the_repository_says_how_it_is_served(tmp_path: Path) -> None:
     assert repository.services == 3
     assert repository.image == "nvcr.io/nvidia/tritonserver:25.02-trtllm-python-py3"
     assert json.loads((repository.path / "repository.json").read_text())["backend"] == "tensorrt_engine"
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path: Path) -> Path:
+    write_tokenizer(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+def test_guides_reach_nvidias_backend_by_the_file_that_it_reads(tmp_path: Path, tokenizer_folder: Path) -> None:
+    runtime = {"guided_decoding": "xgrammar"}
+    repository = packaged(tmp_path, "1.2.1", tokenizer=tokenizer_folder, runtime=runtime, eos_token_ids=(1,))
+    told = parameters(repository)
+    assert told["guided_decoding_backend"] == "xgrammar"
+    info = json.loads((repository.path / told["xgrammar_tokenizer_info_path"]).read_text())
+    tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    assert info["encoded_vocab"] == [tokenizer.id_to_token(place) for place in range(tokenizer.get_vocab_size())]
+    assert info["stop_token_ids"] == [1]
+    assert parameters(packaged(tmp_path / "without", "1.2.1"))["guided_decoding_backend"] == ""
+
+
+def test_adapters_are_read_from_the_engines_folder(tmp_path: Path) -> None:
+    told = parameters(packaged(tmp_path, "1.2.1", runtime={"lora": ["a", "b"]}))
+    assert told["lora_prefetch_dir"] == f"{told['gpt_model_path']}/lora"
+    assert "lora_prefetch_dir" not in parameters(packaged(tmp_path / "without", "1.2.1"))

@@ -11,10 +11,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from toolchain.adapters import Adapter, digest, open_adapter
 from toolchain.backends import Order
-from toolchain.errors import ToolError
+from toolchain.backends.tensorrt_llm.adapters import write_adapters
+from toolchain.errors import ArtifactError, ToolError
 from toolchain.host import EngineJob
 from toolchain.planning import build_flags
+from toolchain.planning.lora import MAX_RANK
 from toolchain.planning.plan import Plan
 
 name = "tensorrt_engine"
@@ -26,7 +29,10 @@ _FROM_CHECKPOINT = ("config.json",)
 
 def inputs(plan: Plan) -> dict[str, Any]:
     """The builder's command: an engine with other flags is another engine. Raises PlanError where it would refuse."""
-    return {"argv": list(build_flags.command(plan, Path("CHECKPOINT"), Path("ENGINE")))}
+    guided = {"guided_decoding": plan.recipe.guided_decoding} if plan.recipe.guided_decoding else {}
+    lora = {"lora": [{"name": one.name, "sha256": digest(Path(one.path))} for one in plan.recipe.lora]}
+    argv = list(build_flags.command(plan, Path("CHECKPOINT"), Path("ENGINE")))
+    return {"argv": argv, **guided, **(lora if plan.recipe.lora else {})}
 
 
 def lacks(order: Order) -> tuple[str, ...]:
@@ -54,7 +60,7 @@ def build(order: Order) -> None:
     """
     assert order.host is not None
     assert order.log is not None
-    wanted = job(order)
+    wanted, adapters = job(order), _adapters(order.plan)
     _clear(order.out)
     order.host.build(wanted, order.log, order.progress)
     missing = [file for file in ("config.json", *ranks(wanted.gpus)) if not (order.out / file).is_file()]
@@ -64,9 +70,19 @@ def build(order: Order) -> None:
         )
     if order.log.is_file():
         _take(order.log, order.out)
+    write_adapters(adapters, order.plan.config, order.out)
     for file in order.source.iterdir():
         if file.is_file() and file.name not in _FROM_CHECKPOINT and file.suffix != ".safetensors":
             _take(file, order.out)
+
+
+def _adapters(plan: Plan) -> list[Adapter]:
+    """The recipe's adapters. Raises ArtifactError for one that does not fit the model or the engine."""
+    found = [open_adapter(one.name, Path(one.path), plan.config) for one in plan.recipe.lora]
+    for adapter in found:
+        if adapter.rank > MAX_RANK:
+            raise ArtifactError(f"{adapter.path}: its rank is {adapter.rank}, the engine's at most {MAX_RANK}")
+    return found
 
 
 def ranks(count: int) -> tuple[str, ...]:
@@ -86,6 +102,10 @@ def runtime(plan: Plan) -> dict[str, Any]:
     }
     if plan.window:
         found |= {"max_attention_window_size": plan.window.tokens, "sink_token_length": plan.window.sinks}
+    if plan.recipe.lora:
+        found["lora"] = [one.name for one in plan.recipe.lora]
+    if plan.recipe.guided_decoding:
+        found["guided_decoding"] = plan.recipe.guided_decoding
     if plan.speculation:
         found["draft"] = {"tokens": plan.speculation.tokens}
     return found

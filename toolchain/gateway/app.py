@@ -7,6 +7,7 @@ one application for both, where they have the same port.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -55,13 +56,13 @@ def shared_app(service: Service) -> FastAPI:
 def _add_openai(app: FastAPI, service: Service) -> None:
     _add_models(app, service)
     _add_state(app, service)
-    doors, name = _Doors(service), service.settings.model.name
+    doors, names = _Doors(service), service.settings.model.names
 
-    @app.post("/v1/chat/completions", openapi_extra=schema.body_of(ChatBody, name), responses=schema.CHAT)
+    @app.post("/v1/chat/completions", openapi_extra=schema.body_of(ChatBody, names), responses=schema.CHAT)
     async def chat_completions(http: Request) -> Response:
         return await service.visit(http, "chat", doors.chat)
 
-    @app.post("/v1/completions", openapi_extra=schema.body_of(CompletionBody, name), responses=schema.COMPLETION)
+    @app.post("/v1/completions", openapi_extra=schema.body_of(CompletionBody, names), responses=schema.COMPLETION)
     async def completions(http: Request) -> Response:
         return await service.visit(http, "completions", doors.completion)
 
@@ -69,13 +70,13 @@ def _add_openai(app: FastAPI, service: Service) -> None:
 def _add_models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", responses=schema.MODELS)
     async def models(http: Request) -> Response:
-        return _guarded(service, http, lambda: {"object": "list", "data": [_model(service.settings.model)]})
+        return _guarded(service, http, lambda: {"object": "list", "data": _models(service.settings.model)})
 
     @app.get("/v1/models/{name:path}", responses=schema.MODEL)
     async def model(http: Request, name: str) -> Response:
         def found() -> dict[str, Any]:
             check_model(name, service.settings.model)
-            return _model(service.settings.model)
+            return next(one for one in _models(service.settings.model) if one["id"] == name)
 
         return _guarded(service, http, found)
 
@@ -110,7 +111,7 @@ def _add_predict(app: FastAPI, service: Service) -> None:
     doors = _Doors(service)
 
     @app.post(
-        "/predict", openapi_extra=schema.body_of(PredictBody, service.settings.model.name), responses=schema.PREDICT
+        "/predict", openapi_extra=schema.body_of(PredictBody, service.settings.model.names), responses=schema.PREDICT
     )
     async def predict(http: Request) -> Response:
         return await service.visit(http, "predict", doors.predict)
@@ -133,13 +134,13 @@ class _Doors:
         body = read_body(ChatBody, found)
         check_model(body.model, self._model)
         request = await asking.of_chat(body, self._model, self._limits)
-        return await self._openai(visit, body, [request], Chat(self._model))
+        return await self._openai(visit, body, [request], Chat(replace(self._model, name=body.model)))
 
     async def completion(self, found: dict[str, Any], visit: Visit) -> Response:
         body = read_body(CompletionBody, found)
         check_model(body.model, self._model)
         requests = asking.of_completion(body, self._model, self._limits)
-        return await self._openai(visit, body, requests, Completion(self._model))
+        return await self._openai(visit, body, requests, Completion(replace(self._model, name=body.model)))
 
     async def predict(self, found: dict[str, Any], visit: Visit) -> Response:
         """FEDML's classic body; the newer ones are OpenAI's, where the model need not be named."""
@@ -148,6 +149,7 @@ class _Doors:
         if "prompt" in found:
             return await self.completion({"model": self._model.name, **found}, visit)
         body = read_body(PredictBody, found)
+        check_model(body.model or self._model.name, self._model)
         as_file = visit.http.headers.get("accept", "*/*").split(",")[0].split(";")[0].strip() not in _JSON_ACCEPTS
         shape = PlainText() if as_file else Predict(as_repr=self._service.settings.fedml_compat == "repr")
         if not body.text.strip():
@@ -180,19 +182,20 @@ class _Doors:
 
 
 def check_model(name: str, model: Model) -> None:
-    """Raises ApiError (404) for another model's name."""
-    if name != model.name:
+    """Raises ApiError (404) for a name that is neither the model's nor one of its adapters'."""
+    if name not in model.names:
         raise ApiError(
             404,
-            f"the model {name!r} does not exist here; this server has {model.name!r}",
+            f"the model {name!r} does not exist here; this server has {', '.join(map(repr, model.names))}",
             param="model",
             code="model_not_found",
         )
 
 
-def _model(model: Model) -> dict[str, Any]:
-    found = ModelObject(id=model.name, created=model.created, object="model", owned_by="scalellm")
-    return found.model_dump(exclude_unset=True)
+def _models(model: Model) -> list[dict[str, Any]]:
+    """The model, and each of its adapters."""
+    found = [ModelObject(id=name, created=model.created, object="model", owned_by="scalellm") for name in model.names]
+    return [one.model_dump(exclude_unset=True) for one in found]
 
 
 def _guarded(service: Service, http: Request, answer: Any) -> Response:

@@ -7,15 +7,15 @@ takes seed 0 each time; so both are always said here, and a request without a se
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from toolchain.errors import RejectedError
-from toolchain.gateway.bodies import Asked, ChatBody, CompletionBody, PredictBody, ResponseFormat
+from toolchain.gateway.bodies import Asked, ChatBody, CompletionBody, PredictBody
 from toolchain.gateway.failures import invalid
+from toolchain.gateway.guides import GUIDE, TYPE, guide_of
 from toolchain.gateway.settings import Limits, Model
 from toolchain.gateway.tokens import Tokenizer
 
@@ -53,8 +53,7 @@ async def of_chat(body: ChatBody, model: Model, limits: Limits) -> Request:
     except RejectedError as error:
         raise invalid(f"messages: {error.message}", "messages") from None
     tokens = body.limit or await _room(model, prompt, limits.default_tokens)
-    guided = _guided(body.response_format) if body.response_format else {}
-    return _request(body, prompt, tokens, model, limits, {**guided, **_logprobs(body.wants_logprobs)})
+    return _request(body, prompt, tokens, model, limits, _logprobs(body.wants_logprobs))
 
 
 def of_completion(body: CompletionBody, model: Model, limits: Limits) -> list[Request]:
@@ -82,12 +81,13 @@ async def of_predict(body: PredictBody, model: Model, limits: Limits) -> Request
         temperature = 1.0 if body.top_p is not None or body.top_k is not None else 0.0
     tokens = body.max_tokens or body.max_new_tokens
     asked = Asked(
-        model=model.name,
+        model=body.model or model.name,
         temperature=temperature,
         **body.model_dump(include={"top_p", "top_k", "seed", "stop", "repetition_penalty"}),
     )
     tokens = tokens or min(limits.predict_tokens, await _room(model, prompt, limits.predict_tokens))
-    return _request(asked, prompt, tokens, model, limits, {})
+    guides = body.model_dump(include={TYPE, GUIDE}, exclude_none=True)
+    return _request(asked, prompt, tokens, model, limits, guides)
 
 
 def _request(body: Asked, prompt: str, tokens: int, model: Model, limits: Limits, more: Mapping[str, Any]) -> Request:
@@ -101,6 +101,8 @@ def _request(body: Asked, prompt: str, tokens: int, model: Model, limits: Limits
         "return_num_output_tokens": True,
         **_sampling(body),
         **_penalties(body),
+        **guide_of(body),
+        **_adapter(body.model, model),
         **(_bias(body.logit_bias, model.tokenizer) if body.logit_bias else {}),
         **more,
     }
@@ -141,20 +143,14 @@ def _stops(words: Sequence[str]) -> tuple[str, ...]:
     return tuple(words)
 
 
+def _adapter(name: str, model: Model) -> dict[str, int]:
+    """KServe counts adapters from 1; ``check_model`` has refused names of others."""
+    number = model.names.index(name) if name in model.names else 0
+    return {"lora_task_id": number} if number else {}
+
+
 def _logprobs(wanted: bool) -> dict[str, bool]:
     return {"return_log_probs": True} if wanted else {}
-
-
-def _guided(asked: ResponseFormat) -> dict[str, str]:
-    """TensorRT-LLM's guides: ``json`` for any JSON, ``json_schema`` with the schema as text."""
-    if asked.type == "text":
-        return {}
-    if asked.type == "json_object":
-        return {"guided_decoding_guide_type": "json"}
-    if asked.json_schema is None:
-        raise invalid("response_format.json_schema: is missing", "response_format")
-    schema = json.dumps(asked.json_schema.schema_)
-    return {"guided_decoding_guide_type": "json_schema", "guided_decoding_guide": schema}
 
 
 def _bias(bias: Mapping[str, float], tokenizer: Tokenizer | None) -> dict[str, Any]:

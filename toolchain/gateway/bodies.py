@@ -89,6 +89,19 @@ class ResponseFormat(Body):
     json_schema: JsonSchema | None = None
 
 
+class Structure(Body):
+    """vLLM's field for what OpenAI has no word for; exactly one of them.
+
+    Source: https://docs.vllm.ai/en/latest/features/structured_outputs.html (read 2026-11).
+    """
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
 class Asked(Body):
     """What chats and completions have in common."""
 
@@ -110,6 +123,9 @@ class Asked(Body):
     top_k: Annotated[int, Field(ge=0, le=_INT32)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=_INT32)] | None = None
+    response_format: ResponseFormat | None = None
+    """OpenAI has it for chats only, vLLM for completions too."""
+    structured_outputs: Structure | None = None
 
     @property
     def answers(self) -> int:
@@ -131,7 +147,6 @@ class ChatBody(Asked):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
     """The engines give the probability of the token that was taken, not of others."""
-    response_format: ResponseFormat | None = None
 
     @property
     def limit(self) -> int | None:
@@ -156,6 +171,8 @@ class PredictBody(Body):
     """The classic body of FEDML's ``/predict``."""
 
     text: str
+    model: str | None = None
+    """FEDML has none; an adapter is named so."""
     stream: bool | None = None
     max_tokens: Whole | None = None
     max_new_tokens: Whole | None = None
@@ -165,6 +182,9 @@ class PredictBody(Body):
     seed: int | None = None
     stop: str | list[str] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    guided_decoding_guide_type: str | None = None
+    """These two as in KServe's tensors."""
+    guided_decoding_guide: str | None = None
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)

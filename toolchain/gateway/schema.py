@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from openai.types import Completion, Model
@@ -13,11 +14,11 @@ Responses = dict[int | str, dict[str, Any]]
 """Of one path, by status, as FastAPI takes them."""
 
 
-def body_of(kind: type[Any], model: str) -> dict[str, Any]:
+def body_of(kind: type[Any], names: Sequence[str]) -> dict[str, Any]:
     """The request's schema: the body itself is read by us, whatever its Content-Type says."""
     schema = kind.model_json_schema()
     if "model" in schema["properties"]:
-        schema["properties"]["model"]["enum"] = [model]
+        schema["properties"]["model"]["enum"] = list(names)
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(schema)}}}}
 
 

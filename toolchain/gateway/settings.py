@@ -25,6 +25,13 @@ class Model:
     fingerprint: str | None = None
     """Changes with the engine: OpenAI's ``system_fingerprint``."""
     triton_model: str = "tensorrt_llm_bls"
+    adapters: tuple[str, ...] = ()
+    """LoRA adapters; ``NAME:ADAPTER`` is a model of its own to clients."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a request may name: the model, and each adapter; the place is Triton's ``lora_task_id``."""
+        return (self.name, *(f"{self.name}:{adapter}" for adapter in self.adapters))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 from toolchain import workspace
 from toolchain.errors import PlanError
 from toolchain.planning.decisions import FUSED_ATTENTION_SM, paged_context_excluded
+from toolchain.planning.lora import MAX_RANK, MODULES
 from toolchain.planning.memory import TOKENS_PER_BLOCK
 from toolchain.planning.plan import Plan
 from toolchain.planning.speculation import MODE
@@ -37,7 +38,7 @@ class Flag:
 
     name: str
     value: str
-    """``"path"``, ``"int"``, ``"word"`` (one of ``choices``) or ``"switch"`` (takes no value)."""
+    """``"path"``, ``"int"``, ``"word"`` (one of ``choices``), ``"words"`` or ``"switch"`` (takes no value)."""
     choices: tuple[str, ...]
     """Of a word; empty where they are not known."""
     default: Setting | None
@@ -107,6 +108,8 @@ def settings(plan: Plan) -> dict[str, Setting]:
         found["streamingllm"] = True
     if plan.speculation:
         found |= {"speculative_decoding_mode": MODE, "max_draft_len": plan.speculation.tokens}
+    if plan.recipe.lora:
+        found |= {"lora_plugin": plan.dtype, "lora_target_modules": MODULES, "max_lora_rank": MAX_RANK}
     if plan.weights.name == "fp8" and plan.recipe.quantization.fp8_scales == "separate":
         found["use_fused_mlp"] = False  # it would round gate and up a second time, to one scale
     return found
@@ -163,7 +166,7 @@ def _words(flag: Flag, value: Setting, version: str) -> list[str]:
         )
     if flag.value == "int" and (isinstance(value, bool) or not isinstance(value, int)):
         raise PlanError(f"--{flag.name} of TensorRT-LLM {version} takes a whole number, not {value!r}")
-    return [f"--{flag.name}", spoken]
+    return [f"--{flag.name}", *(spoken.split() if flag.value == "words" else [spoken])]
 
 
 def conflicts(plan: Plan, wanted: Mapping[str, Setting]) -> Iterator[str]:

@@ -19,8 +19,10 @@ from toolchain.planning.capacity import Cache, capacity
 from toolchain.planning.decisions import Decision, Notes
 from toolchain.planning.forecast import Forecast, forecast
 from toolchain.planning.gate import Gate, choose_gate
+from toolchain.planning.guided import choose_guided
 from toolchain.planning.kv_window import KvWindow, choose_window
 from toolchain.planning.latency import Deployment, interconnect
+from toolchain.planning.lora import choose_lora
 from toolchain.planning.memory import MemoryPlan
 from toolchain.planning.speculation import CPU, Speculation, check_reuse, check_window, choose_speculation
 from toolchain.quantization import KV, WEIGHTS, KvScheme, WeightScheme
@@ -287,6 +289,8 @@ def _shape(recipe: Recipe, config: LlamaConfig, draft: LlamaConfig | None, notes
     elif speculation:
         fp8_fused = release is None or target.sm in release.fp8_context_sms
         check_reuse(weights, kv, window, fused=fused, fp8_fused=fp8_fused, notes=notes, asked=recipe.kv_cache.reuse)
+    choose_guided(recipe, backend, release, notes)
+    choose_lora(recipe, weights, backend, release, dtype, notes)
     rules.check_shapes(recipe, config, group_size, target, notes)
     rules.check_loader(recipe, config, weights, group_size, backend, notes)
     return _Shape(

@@ -196,6 +196,8 @@ def draft_recipe(recipe: Recipe, found: Speculation, limits: Limits, *, kv_token
             "description": f"the draft model of {recipe.name}",
             "model": recipe.speculative.draft,
             "speculative": None,
+            "guided_decoding": None,
+            "lora": [],
             "tensorrt_llm": release,
             "services": 1,
             "kv_cache": KvCache(dtype=recipe.kv_cache.dtype, max_tokens=kv_tokens),

@@ -8,6 +8,7 @@ check is greedy or has a seed, so it can be repeated.
 from __future__ import annotations
 
 import json
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -22,6 +23,7 @@ _PROMPT = "The capital of France is"
 _UNICODE = "日本の首都は😀🎉 Zürich"
 _TOKENS = 24
 _LONG_TOKENS = 256
+_REGEX = "[a-z]{2,9}"
 _TIMEOUT_S = 300.0
 
 
@@ -54,7 +56,7 @@ class Door(Protocol):
     name: str
 
     def ask(self, prompt: str, max_tokens: int, *, stream: bool, **sampling: Any) -> Reply:
-        """``sampling`` as KServe names it: ``temperature``, ``top_p``, ``seed``, ``stop_words``."""
+        """``sampling`` as KServe names it: ``temperature``, ``top_p``, ``seed``, ``stop_words``, a guide."""
 
     def begin(self, prompt: str, max_tokens: int) -> None:
         """Take the first piece of a streamed answer and go away."""
@@ -124,7 +126,9 @@ class Json:
 
     def _body(self, prompt: str, max_tokens: int, **sampling: Any) -> dict[str, Any]:
         stop = sampling.pop("stop_words", None)
-        greedy = {} if sampling else {"temperature": 0}  # without a word of it OpenAI samples
+        if sampling.pop("guided_decoding_guide_type", None):
+            sampling["structured_outputs"] = {"regex": sampling.pop("guided_decoding_guide")}
+        greedy = {} if "temperature" in sampling else {"temperature": 0}  # without a word of it OpenAI samples
         return {
             "model": self.model, "prompt": prompt, "max_tokens": max_tokens, **greedy, **sampling,
             **({"stop": stop} if stop else {}),
@@ -178,6 +182,7 @@ def conformance(doors: Sequence[Door], classic: tuple[Json, Json] | None = None)
     yield _stop(doors, answer.text)
     sampled = [door.ask(_PROMPT, _TOKENS, stream=False, temperature=1.0, top_p=0.9, seed=7).text for door in doors]
     yield _same("a seed gives the same sampled answer", doors, sampled)
+    yield _guided(doors)
     yield _refused("max_tokens 0 is refused", doors, lambda door: door.ask(_PROMPT, 0, stream=False))
     too_long = "word " * 200_000
     yield _refused("a prompt that is too long is refused", doors, lambda door: door.ask(too_long, 1, stream=False))
@@ -212,6 +217,15 @@ def _stop(doors: Sequence[Door], answer: str) -> Finding:
     return _same(check, doors, values, cut)
 
 
+def _guided(doors: Sequence[Door]) -> Finding:
+    """A service without guided decoding refuses it everywhere."""
+    guide = {"guided_decoding_guide_type": "regex", "guided_decoding_guide": _REGEX}
+    told = [_or_refusal(door, _PROMPT, **guide) for door in doors]
+    if told[0] is not None and not re.fullmatch(_REGEX, told[0]):
+        return Finding("an answer keeps to a regex", False, f"{doors[0].name}: {told[0]!r} does not match {_REGEX}")
+    return _same("an answer keeps to a regex", doors, told, None if told[0] is None else told[0])
+
+
 def _refused(check: str, doors: Sequence[Door], ask: Callable[[Door], Reply]) -> Finding:
     wrong = []
     for door in doors:
@@ -226,9 +240,9 @@ def _refused(check: str, doors: Sequence[Door], ask: Callable[[Door], Reply]) ->
     return Finding(check, not wrong, "; ".join(wrong))
 
 
-def _or_refusal(door: Door, prompt: str) -> str | None:
+def _or_refusal(door: Door, prompt: str, **sampling: Any) -> str | None:
     try:
-        return door.ask(prompt, _TOKENS, stream=False).text
+        return door.ask(prompt, _TOKENS, stream=False, **sampling).text
     except RejectedError:
         return None
 

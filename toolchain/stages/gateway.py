@@ -60,6 +60,7 @@ def model_of_repository(path: Path, name: str | None = None) -> Model:
         max_seq_len=passport.limits.max_seq_len,
         fingerprint=f"fp_{repository.stamp.key[:10]}",
         triton_model=TRITON_MODEL,
+        adapters=tuple(passport.runtime.get("lora", ())),
     )
 
 

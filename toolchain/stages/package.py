@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain import workspace
 from toolchain.engine import Engine
-from toolchain.engine_model import EngineModel, check_draft
+from toolchain.engine_model import TOKENIZER_INFO, EngineModel, check_draft
 from toolchain.errors import ArtifactError
 from toolchain.release import IMAGES
 from toolchain.repository import CONTENTS, Value, fit_ensemble, render_all
+from toolchain.token_bytes import tokenizer_text, xgrammar_info
 from toolchain.triton_model import NAME
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ _OF_OUR_ENGINES = (
     "detokenizer.py",
     "engine_model.py",
     "generation.py",
+    "guides.py",
     "lanes.py",
     "senders.py",
     "stop_words.py",
@@ -131,6 +133,7 @@ def package(
         known |= _place_engine(draft, out, DRAFT_MODEL)
     elif draft:
         known |= _place(draft, list(draft.stamp.files), out, Path(ENGINE_MODEL) / "1" / "draft")
+    known |= _place_tokenizer_info(engine, out)
     contents = {**_contents(engine, services), "models": sorted(configurations), "parameters": values}
     workspace.write_durably(out / CONTENTS, (json.dumps(contents, indent=2, sort_keys=True) + "\n").encode())
     return known
@@ -219,6 +222,16 @@ def _place_tokenizer(engine: Engine, out: Path) -> dict[str, str]:
         for model in _WITH_TOKENIZER
         for relative, digest in _place(engine, names, out, Path(model) / "1" / "tokenizer").items()
     }
+
+
+def _place_tokenizer_info(engine: Engine, out: Path) -> dict[str, str]:
+    """What NVIDIA's backend keeps answers to a grammar by, where the engine is to do so."""
+    passport, file = engine.passport, Path(ENGINE_MODEL) / "1" / TOKENIZER_INFO
+    if passport.backend != RENDERED or not passport.runtime.get("guided_decoding"):
+        return {}
+    info = xgrammar_info(tokenizer_text(engine.path), passport.eos_token_ids)
+    workspace.write_durably(out / file, json.dumps(info).encode())
+    return {file.as_posix(): workspace.sha256_of(out / file)}
 
 
 def _place_engine(engine: Engine, out: Path, model: str) -> dict[str, str]:

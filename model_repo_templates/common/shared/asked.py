@@ -78,6 +78,10 @@ class Limits:
     max_sequences: int
     max_beam_width: int
     exclude_input: bool
+    guided: bool = False
+    """Whether answers can be held to a grammar."""
+    adapters: int = 0
+    """LoRA adapters beside the model."""
 
 
 @dataclass(frozen=True)

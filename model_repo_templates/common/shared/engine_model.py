@@ -26,11 +26,12 @@ from tensors import RefusedError, read, scalar
 _LANES = 4
 """More lanes do not send faster: they share Python's lock."""
 _POLL_S = 0.2
+_FAILURES = {"error": "INTERNAL", "refused": "INVALID_ARG"}
 
 OnEvents = Callable[[list[tuple[Any, ...]], dict[str, Any]], None]
 """Takes the events of one step and the engine's status. An event is (key, row, ids, log probs or None, finish or None,
-detail); ``finish`` is "stop" (an end id, which is not among the ids), "length" or "error" (``detail`` says what).
-Otherwise ``detail`` is empty, or (accepted, drafted) tokens of the request so far."""
+detail); ``finish`` is "stop" (an end id, which is not among the ids), "length", "error", or "refused" where it is the
+request's own fault (``detail`` says what). Otherwise ``detail`` is empty, or (accepted, drafted) tokens so far."""
 
 
 class RunningEngine(Protocol):
@@ -190,13 +191,13 @@ class EngineModel:
 
     def _deliver(self, events: list[tuple[Any, ...]], status: dict[str, Any]) -> None:
         """The engine's events of one step, in the reader thread."""
-        self._status = status
+        self._status = status or self._status
         for key, row, ids, log_probs, finish, detail in events:
             generation, index = self._active.get(key, (None, 0))
             if generation is None:
                 continue
-            if finish == "error":
-                event: tuple[Any, ...] = ("failed", detail, "INTERNAL")
+            if finish in _FAILURES:
+                event: tuple[Any, ...] = ("failed", detail, _FAILURES[finish])
             else:
                 event = ("tokens", index + row, ids, log_probs, finish, detail)
             self._lane(generation).put(generation, event)
@@ -242,6 +243,8 @@ def _limits(passport: dict[str, Any], parameters: dict[str, str]) -> Limits:
         max_sequences=limits["max_batch_size"],
         max_beam_width=min(int(parameters["max_beam_width"]), limits["max_batch_size"]),
         exclude_input=parameters["exclude_input_in_output"].lower() in {"true", "1"},
+        guided=bool(passport["runtime"].get("guided_decoding")),
+        adapters=len(passport["runtime"].get("lora", ())),
     )
 
 

@@ -11,11 +11,14 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from toolchain.adapters import Adapter, digest, open_adapter
 from toolchain.backends import Order
 from toolchain.backends.openvino.graph import write_llama
+from toolchain.backends.openvino.guides import write_guides
 from toolchain.backends.openvino.ir import IrWriter
 from toolchain.backends.openvino.runtime import settings
 from toolchain.backends.openvino.weights import Weights
@@ -32,8 +35,10 @@ _PACKAGES = {"openvino": "openvino", "openvino_genai": "openvino-genai"}
 
 
 def inputs(plan: Plan) -> dict[str, Any]:
-    """Nothing beyond the plan's slice."""
-    return {}
+    """Beyond the plan's slice, what requests may be guided by, and the adapters. Raises ArtifactError without them."""
+    guided = {"guided_decoding": plan.recipe.guided_decoding} if plan.recipe.guided_decoding else {}
+    adapters = [{"name": one.name, "sha256": digest(Path(one.path))} for one in plan.recipe.lora]
+    return {**guided, **({"lora": adapters} if adapters else {})}
 
 
 def lacks(order: Order) -> tuple[str, ...]:
@@ -47,10 +52,15 @@ def lacks(order: Order) -> tuple[str, ...]:
 
 def build(order: Order) -> None:
     """Write the engine of the order's quantized checkpoint; see ``write``."""
-    write(Checkpoint.open(order.source), order.out, order.progress)
+    checkpoint = Checkpoint.open(order.source)
+    recipe, config = order.plan.recipe, checkpoint.config
+    adapters = [open_adapter(one.name, Path(one.path), config) for one in recipe.lora]
+    write(checkpoint, order.out, order.progress, adapters)
+    if recipe.guided_decoding:
+        write_guides(order.source, config, order.out, copies=len(adapters) + 1)
 
 
-def write(checkpoint: Checkpoint, out: Path, progress: Progress) -> None:
+def write(checkpoint: Checkpoint, out: Path, progress: Progress, adapters: Sequence[Adapter] = ()) -> None:
     """Write ``openvino_model.xml`` and ``.bin``, ``config.json`` and the tokenizer's files into ``out``, fsynced.
 
     Raises ArtifactError naming the file where the checkpoint is damaged, ToolError if OpenVINO refuses the result.
@@ -60,7 +70,7 @@ def write(checkpoint: Checkpoint, out: Path, progress: Progress) -> None:
         progress.task("build", checkpoint.nbytes, "bytes") as task,
         IrWriter(out / MODEL_FILE, checkpoint.config.architecture) as ir,
     ):
-        write_llama(ir, checkpoint.config, Weights(checkpoint, ir, task.advance))
+        write_llama(ir, checkpoint.config, Weights(checkpoint, ir, task.advance), adapters)
     for file in (checkpoint.path / "config.json", *checkpoint.side_files):
         shutil.copyfile(file, out / file.name)
         with (out / file.name).open("rb") as stream:
@@ -70,7 +80,8 @@ def write(checkpoint: Checkpoint, out: Path, progress: Progress) -> None:
 
 def runtime(plan: Plan) -> dict[str, Any]:
     """What the pipeline is told at load: ``{"properties": {...}, "scheduler": {...}}``, see ``runtime.settings``."""
-    return settings(
+    guided = plan.recipe.guided_decoding
+    told = settings(
         kv=plan.kv.name,
         cache_tokens=plan.max_kv_tokens,
         max_sequences=plan.limits.max_batch_size,
@@ -81,6 +92,8 @@ def runtime(plan: Plan) -> dict[str, Any]:
         window=plan.window,
         speculation=plan.speculation,
     )
+    names = [one.name for one in plan.recipe.lora]
+    return {**told, **({"guided_decoding": guided} if guided else {}), **({"lora": names} if names else {})}
 
 
 def versions() -> dict[str, str]:

@@ -9,18 +9,35 @@ to what ``INFERENCE_PRECISION_HINT`` allows. It does not know how a weight is st
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from toolchain import family
+from toolchain.adapters import Adapter
 from toolchain.backends.openvino.ir import IrWriter, Port
+from toolchain.backends.openvino.lora import Lora
 from toolchain.backends.openvino.rotary import inverse_frequencies
-from toolchain.backends.openvino.weights import Weights
+from toolchain.backends.openvino.weights import Matrix
 from toolchain.family import LlamaConfig
 
 _MASKED = -65504.0
 """Added to masked scores: the lowest f16, so that no precision turns a fully masked (padding) row into NaN."""
 
 _NUMPY = {"auto_broadcast": "numpy"}
+
+
+class Tensors(Protocol):
+    """Where weights come from: ``weights.Weights``."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
+
+    def floats(self, name: str) -> Port:
+        """An unquantized tensor, as f32."""
+
+    def linear(self, name: str) -> Matrix:
+        """The matrix of a linear layer."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +55,12 @@ class _Shared:
     sin: Port
 
 
-def write_llama(ir: IrWriter, config: LlamaConfig, weights: Weights) -> None:
-    """The whole model: ids i64 [batch, new] -> logits f32 [batch, new, vocab]."""
-    graph = _Graph(ir, config, weights)
+def write_llama(ir: IrWriter, config: LlamaConfig, weights: Tensors, adapters: Sequence[Adapter] = ()) -> None:
+    """The whole model: ids i64 [batch, new] -> logits f32 [batch, new, vocab]; with ``adapters`` as in ``lora``."""
+    lora = Lora(ir, config, adapters) if adapters else None
+    graph = _Graph(ir, config, weights, lora)
     ids = graph.parameter("input_ids", "i64", "?,?")
+    ids = lora.split(ids) if lora else ids
     attention_mask = graph.parameter("attention_mask", "i64", "?,?")
     position_ids = graph.parameter("position_ids", "i64", "?,?")
     beam_idx = graph.parameter("beam_idx", "i32", "?")
@@ -52,15 +71,21 @@ def write_llama(ir: IrWriter, config: LlamaConfig, weights: Weights) -> None:
         hidden = graph.decoder_layer(hidden, layer, shared)
     hidden = graph.rms_norm(hidden, "model.norm")
     head = "model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"
-    logits = graph.matmul(hidden, weights.floats(head), tensor="logits")
+    indices = graph.parameter("sampled_tokens_indices", "i64", "?") if lora else None
+    if lora and indices:
+        logits = graph.matmul(lora.sampled(hidden, indices), weights.floats(head))
+        logits = lora.widen(logits, indices)
+    else:
+        logits = graph.matmul(hidden, weights.floats(head), tensor="logits")
     ir.split("Result", "opset1", (logits,), "f32", 0, name="logits")
 
 
 class _Graph:
     """Operations in terms of one model."""
 
-    def __init__(self, ir: IrWriter, config: LlamaConfig, weights: Weights) -> None:
+    def __init__(self, ir: IrWriter, config: LlamaConfig, weights: Tensors, lora: Lora | None) -> None:
         self.ir = ir
+        self.lora = lora
         self.config = config
         self.weights = weights
 
@@ -166,12 +191,15 @@ class _Graph:
         """[.., in] -> [.., out]. The activation is first multiplied by ``pre_quant_scale`` [in] where there is one, and
         the ``bias`` [out] is added last."""
         name = family.linear_name(layer, linear)
+        given = hidden
         if self.weights.has(f"{name}.pre_quant_scale"):
             hidden = self.binary("Multiply", hidden, self.weights.floats(f"{name}.pre_quant_scale"))
         matrix = self.weights.linear(name)
         product = self.matmul(hidden, matrix.weight, name=name)
         if matrix.scale is not None:
             product = self.binary("Multiply", product, matrix.scale)
+        if self.lora:
+            product = self.lora.add(product, given, layer, linear)
         if linear not in self.config.biased:
             return product
         return self.binary("Add", product, self.weights.floats(f"{name}.bias"))

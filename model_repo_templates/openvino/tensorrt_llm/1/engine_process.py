@@ -30,6 +30,7 @@ import numpy as np
 import openvino as ov
 import openvino_genai as genai
 from drafting import Count, Drafting
+from grammar import grammar
 from pipeline import open_pipeline
 
 _PR_SET_PDEATHSIG = 1
@@ -57,6 +58,7 @@ class Engine:
         self._steps = self._drafted = self._accepted = 0
         self._max_sequences, self._max_blocks = scheduler.max_num_seqs, scheduler.num_kv_blocks
         self._eos_ids = list(passport["eos_token_ids"])
+        self._vocab_size = int(passport.get("vocab_size", 0))
         self._waiting: deque[tuple[int, bytes, dict[str, Any]]] = deque()
         self._running: dict[int, tuple[Any, dict[str, Any]]] = {}
         self._sequences = 0
@@ -107,7 +109,7 @@ class Engine:
         while self._waiting and self._has_room(*self._waiting[0]):
             key, ids, options = self._waiting.popleft()
             try:
-                prompt = ov.Tensor(np.frombuffer(ids, dtype=np.int64).reshape(1, -1).copy())
+                prompt = ov.Tensor(np.frombuffer(ids, dtype=np.int64).reshape(1, -1) + self._shift(options))
                 handle = self._pipeline.add_request(key, prompt, self._configured(options))
             except Exception as error:
                 events.append((key, 0, [], None, "error", str(error)))
@@ -132,22 +134,29 @@ class Engine:
         """Options named as GenAI's own attributes. ``stop_token_ids`` empty: never end before ``max_new_tokens``."""
         config = genai.GenerationConfig()
         for name, value in options.items():
-            if name not in ("early", "stop_token_ids"):
+            if name not in ("early", "stop_token_ids", "guide", "adapter"):
                 setattr(config, name, value)
         for name, value in (self._drafting.told(options) if self._drafting else {}).items():
             setattr(config, name, value)
+        if "guide" in options:
+            config.structured_output_config = grammar(*options["guide"])
         stops = options["stop_token_ids"]
         config.ignore_eos = not stops
         # add_request would add the model's own end ids to a config that has no eos_token_id, and refuses the -1 that
         # stands for none; with ignore_eos it does not matter which id it is.
-        ends = stops or self._eos_ids or [0]
+        ends = [self._shift(options) + end for end in stops or self._eos_ids or [0]]
         config.eos_token_id = ends[0]
         config.stop_token_ids = set(ends)
         config.stop_criteria = genai.StopCriteria.EARLY if options.get("early") else genai.StopCriteria.HEURISTIC
         return config
 
+    def _shift(self, options: dict[str, Any]) -> int:
+        """What an adapter's ids are larger by: the graph reads from them whose tokens they are."""
+        return int(options.get("adapter", 0)) * self._vocab_size
+
     def _events_of(self, key: int) -> list[tuple[Any, ...]]:
         handle, options = self._running[key]
+        shift = self._shift(options)
         status = handle.get_status()
         rows: dict[int, tuple[list[int], list[float], Any]] = {}
         while handle.can_read():
@@ -155,7 +164,7 @@ class Engine:
             ranked = sorted(outputs, key=lambda item: -item[1].score) if options.get("num_beams", 1) > 1 else outputs
             for row, (_, output) in enumerate(ranked):
                 ids, probabilities, _reason = rows.setdefault(row, ([], [], None))
-                ids.extend(output.generated_ids)
+                ids.extend(token - shift for token in output.generated_ids)
                 probabilities.extend(output.generated_log_probs)
                 rows[row] = (ids, probabilities, output.finish_reason)
         told = self._count(key, sum(len(ids) for ids, _logs, _reason in rows.values()))

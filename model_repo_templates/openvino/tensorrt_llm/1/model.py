@@ -12,6 +12,7 @@ from asked import Limits, Specification
 from drafting import Drafting
 from engine_client import EngineClient
 from engine_model import EngineModel, OnEvents, RunningEngine
+from judging import JUDGE, GuidedEngine
 from specification import specify
 from tensors import refuse_unsound_numpy, scalar
 
@@ -24,7 +25,8 @@ class TritonPythonModel(EngineModel):
     ) -> RunningEngine:
         refuse_unsound_numpy(strict=True)
         self._drafting = Drafting.of(json.loads((folder / "engine.json").read_text(encoding="utf-8"))["runtime"])
-        return EngineClient(folder, on_events=on_events, on_death=on_death)
+        client = EngineClient(folder, on_events=on_events, on_death=on_death)
+        return GuidedEngine(client, folder, on_events) if (folder / JUDGE).is_dir() else client
 
     def specify(self, inputs: dict[str, np.ndarray], limits: Limits) -> Specification:
         if self._drafting is None:

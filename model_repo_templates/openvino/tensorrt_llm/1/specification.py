@@ -10,18 +10,24 @@ from typing import Any
 import asked
 import numpy as np
 from asked import Limits, Specification
+from guides import guide
 from tensors import RefusedError, refuse, scalar
 
 _PENALTY = (
     "not supported: OpenVINO GenAI 2026.4 makes tokens with a negative logit more likely instead of less; "
     "use repetition_penalty"
 )
-UNSUPPORTED = {**asked.UNSUPPORTED, "presence_penalty": _PENALTY, "frequency_penalty": _PENALTY}
+_GUIDED = "not supported by this engine: its recipe lacks guided_decoding: xgrammar"
+_GUIDES = dict.fromkeys(("guided_decoding_guide_type", "guided_decoding_guide"), _GUIDED)
+_LORA = "an engine of OpenVINO has its adapters from the recipe (lora); name one by lora_task_id"
+UNSUPPORTED = {**asked.UNSUPPORTED, "presence_penalty": _PENALTY, "frequency_penalty": _PENALTY, **_GUIDES}
+UNSUPPORTED |= {"lora_weights": _LORA, "lora_config": _LORA}
 
 
 def specify(inputs: dict[str, np.ndarray], limits: Limits) -> Specification:
     """The request's tensors, by name -> what to generate. Raises RefusedError, naming the tensor."""
-    refuse(inputs, UNSUPPORTED, asked.NEUTRAL)
+    taken = {*(_GUIDES if limits.guided else ()), *(("lora_task_id",) if limits.adapters else ())}
+    refuse(inputs, {name: why for name, why in UNSUPPORTED.items() if name not in taken}, asked.NEUTRAL)
     prompt = asked.prompt_ids(inputs, limits)
     max_tokens = asked.max_tokens(inputs, len(prompt), limits)
     beam_width = int(scalar(inputs, "beam_width", 1))
@@ -31,7 +37,10 @@ def specify(inputs: dict[str, np.ndarray], limits: Limits) -> Specification:
         **({"logprobs": 1} if scalar(inputs, "return_log_probs", False) else {}),
         **_sampling(inputs),
         **_penalties(inputs, max_tokens),
+        **_adapter(inputs, limits),
     }
+    if found := guide(inputs):
+        options |= _guided(found, options, beam_width)
     wanted = asked.sequences(inputs, beam_width, limits)
     if beam_width > 1:
         streaming = bool(scalar(inputs, "streaming", False))
@@ -56,6 +65,26 @@ def _penalties(inputs: dict[str, np.ndarray], max_tokens: int) -> dict[str, Any]
     if least:
         options["min_new_tokens"] = least
     return options
+
+
+def _adapter(inputs: dict[str, np.ndarray], limits: Limits) -> dict[str, Any]:
+    """``lora_task_id``: 1 for the first adapter of the recipe, and so on; 0 for the model alone."""
+    number = int(scalar(inputs, "lora_task_id", 0))
+    if number > limits.adapters:
+        raise RefusedError(f"lora_task_id: {number}, this engine has the adapters 1 to {limits.adapters}")
+    return {"adapter": number} if number else {}
+
+
+def _guided(found: tuple[str, str], options: dict[str, Any], beam_width: int) -> dict[str, Any]:
+    """A grammar ends with an end id; GenAI keeps one state of it, not one a beam, and applies it before ``min_tokens``
+    forbids the end id, which may leave no token at all."""
+    if beam_width > 1:
+        raise RefusedError("guided_decoding_guide_type: not supported together with beam_width")
+    if not options["stop_token_ids"]:
+        raise RefusedError("end_id: guided decoding needs an end id")
+    if "min_new_tokens" in options:
+        raise RefusedError("min_tokens: not supported together with guided decoding")
+    return {"guide": found}
 
 
 def _beams(
