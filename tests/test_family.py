@@ -293,7 +293,7 @@ def test_two_spellings_of_rotary_scaling_at_once_are_refused() -> None:
     refused(BASE | {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": plain}, "both rope_scaling")
 
 
-@pytest.mark.parametrize("change", [{"hidden_size": "wide"}, {"num_attention_heads": 0}, {"rope_scaling": "linear"}])
+@pytest.mark.parametrize("change", [{"hidden_size": "wide"}, {"rope_scaling": "linear"}])
 def test_wrong_types_are_no_traceback(change: dict[str, Any]) -> None:
     refused(BASE | change, "missing or has the wrong type")
 
@@ -308,3 +308,16 @@ def test_every_ignored_key_has_its_reason_and_stands_once() -> None:
 def test_a_quantized_folders_own_key_is_left_to_the_checkpoint() -> None:
     config: LlamaConfig = read_config(BASE | {"quantization_config": {"quant_method": "modelopt"}}, "")
     assert config == read_config(BASE, "")
+
+
+def test_a_family_with_keys_of_its_own_is_refused_by_its_name() -> None:
+    gpt2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 12}
+    with pytest.raises(PlanError, match="its architecture is GPT2LMHeadModel") as refused:
+        read_config(gpt2, "gpt2/config.json")
+    assert "LlamaForCausalLM" in refused.value.hint
+
+
+@pytest.mark.parametrize("size", [0, -5])
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"])
+def test_sizes_below_one_are_named(key: str, size: int) -> None:
+    refused(BASE | {key: size}, f"{key}: {size}")

@@ -232,16 +232,23 @@ def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
     return RopeScaling(kind, original_max_position_embeddings=context, **numbers)
 
 
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""Keys that every configuration of our families has."""
+
+
 def _refusals(config: Mapping[str, Any], architecture: str) -> Iterator[str]:
     """Everything in a configuration that our graphs do not compute, each in a few words."""
-    if not architecture:
-        yield "it names no architecture"
-    elif architecture not in _MODEL_TYPES:
-        yield f"its architecture is {architecture}"
+    if architecture not in _MODEL_TYPES:
+        yield f"its architecture is {architecture}" if architecture else "it names no architecture"
+        if not {*_SIZES} <= {*config}:  # of a family with keys of its own
+            return
     elif config.get("model_type", _MODEL_TYPES[architecture]) != _MODEL_TYPES[architecture]:
         yield f"its architecture is {architecture} and its model_type {config['model_type']}"
     if config.get("attention_bias") and architecture != "LlamaForCausalLM":
         yield f"attention_bias: true means something of its own with {architecture or 'an unknown architecture'}"
+    if wrong := [f"{key}: {config[key]!r}" for key in _SIZES if config[key] < 1]:
+        yield f"its sizes are no whole numbers from 1 ({', '.join(wrong)})"
+        return
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
     if kv_heads and heads % kv_heads:
         yield f"its {heads} attention heads are no multiple of its {kv_heads} key and value heads"
