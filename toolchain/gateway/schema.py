@@ -18,7 +18,7 @@ def body_of(kind: type[Any], names: Sequence[str]) -> dict[str, Any]:
     """The request's schema: the body itself is read by us, whatever its Content-Type says."""
     schema = kind.model_json_schema()
     if "model" in schema["properties"]:
-        schema["properties"]["model"]["enum"] = list(names)
+        schema["properties"]["model"]["enum"] = [*names, *(() if "model" in schema["required"] else (None,))]
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(schema)}}}}
 
 
