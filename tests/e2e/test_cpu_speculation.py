@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -111,4 +110,4 @@ def test_sampled_text_repeats_with_its_seed(served: Served) -> None:
 def test_what_drafts_would_change_is_refused_by_name(served: Served, asked: dict[str, int], tensor: str) -> None:
     with pytest.raises(ServerError, match=f"{tensor}: not supported together with this server's speculative decoding"):
         served.generate(BLS, text_input=PROMPTS[0], max_tokens=8, **asked)
-    assert json.loads(served.status_file.read_text())["running"] == 0
+    assert served.idle()["active"] == 0

@@ -56,6 +56,8 @@ class Engine:
         self._drafting = Drafting.of(runtime)
         self._counts: dict[int, Count] = {}
         self._steps = self._drafted = self._accepted = 0
+        self._leaving = 0
+        """Blocks of cancelled requests, which are free after the next step."""
         self._max_sequences, self._max_blocks = scheduler.max_num_seqs, scheduler.num_kv_blocks
         self._eos_ids = list(passport["eos_token_ids"])
         self._vocab_size = int(passport.get("vocab_size", 0))
@@ -82,7 +84,8 @@ class Engine:
     def cancel(self, key: int) -> None:
         """Forget a request. Its blocks are freed in the next step; no event follows."""
         entry = self._running.pop(key, None)
-        self._counts.pop(key, None)
+        count = self._counts.pop(key, None)
+        self._leaving += count.blocks if count else 0
         if entry is not None:
             entry[0].cancel()
             self._sequences -= _width(entry[1])
@@ -95,6 +98,7 @@ class Engine:
         if self._pipeline.has_non_finished_requests():
             self._pipeline.step()
             self._steps += 1
+        self._leaving = 0
         for key in list(self._running):
             events.extend(self._events_of(key))
         return events
@@ -125,10 +129,10 @@ class Engine:
         cache makes GenAI take sequences back, and 2026.4.1 cannot do that to one with prompt lookup."""
         if self._sequences + _width(options) > self._max_sequences:
             return False
-        if self._drafting is None or not self._counts:
+        if self._drafting is None or (not self._counts and not self._leaving):
             return True
         needed = Count(self._drafting, len(ids) // 8, options["max_new_tokens"]).blocks
-        return needed + sum(count.blocks for count in self._counts.values()) <= self._max_blocks
+        return needed + self._leaving + sum(count.blocks for count in self._counts.values()) <= self._max_blocks
 
     def _configured(self, options: dict[str, Any]) -> genai.GenerationConfig:
         """Options named as GenAI's own attributes. ``stop_token_ids`` empty: never end before ``max_new_tokens``."""
