@@ -26,7 +26,6 @@ services: 2
 quantization: {weights: none}
 kv_cache: {dtype: fp32, max_tokens: 512}
 limits: {max_batch_size: 2, max_seq_len: 128}
-cpu: {threads: 1}
 """
 SENTENCE = SENTENCES[0]
 PROMPT, REST = SENTENCE[:24], SENTENCE[24:]
@@ -59,6 +58,7 @@ def test_two_services_answer_and_a_crash_takes_one(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     repository = work / "pair" / "repository"
     assert Repository.open(repository).services == 2
+    assert 'key: "services" value { string_value: "2" }' in (repository / "tensorrt_llm/config.pbtxt").read_text()
     ports = ports_for(2)
     where = [f"--{name}-port={port}" for name, port in ports.named().items()]
     argv = scalellm("serve", "--recipe", recipe, "--work", work, "--json", *where)

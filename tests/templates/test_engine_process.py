@@ -93,3 +93,16 @@ def test_a_model_without_end_ids_still_stops_where_a_request_says(
     last = next(place for place in range(3, TOKENS) if greedy[place] not in greedy[:place])
     ids, finish = answers(source, tmp_path, None, lambda _ids: [greedy[last]])
     assert (ids[:last], finish) == (greedy[:last], "stop")
+
+
+def test_services_share_the_cores_unless_the_recipe_says_how_many_each_takes() -> None:
+    for services, cores, threads in ((2, 8, 4), (3, 8, 2), (4, 2, 1)):
+        properties: dict[str, object] = {}
+        engine_process.share_cores(properties, services, cores)
+        assert properties == {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
+    alone: dict[str, object] = {}
+    engine_process.share_cores(alone, 1, 8)
+    assert alone == {}
+    told: dict[str, object] = {"INFERENCE_NUM_THREADS": 3}
+    engine_process.share_cores(told, 2, 8)
+    assert told["INFERENCE_NUM_THREADS"] == 3

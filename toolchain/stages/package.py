@@ -44,6 +44,8 @@ _SHARED = {
     "tensorrt_llm_bls": ("channel.py", "detokenizer.py", "prompts.py", "tensors.py", "tokenizer.py", "words.py"),
 }
 """Files of ``common/shared`` that each model needs beside it: Triton puts the version folder on ``sys.path``."""
+_SHARES_CORES = "openvino"
+"""The backend whose engine must know how many services there are beside it."""
 _OF_OUR_ENGINES = (
     "asked.py",
     "channel.py",
@@ -113,7 +115,8 @@ def package(
         if not sources[ENGINE_MODEL].is_dir():
             raise ArtifactError(f"{engine.path}: there are no templates for the backend {backend!r} in {templates}")
     check_draft(engine, draft)
-    values = {**defaults(engine), **_drafting(engine, draft), **(parameters or {})}
+    beside: dict[str, Value] = {"services": services} if backend == _SHARES_CORES else {}
+    values = {**defaults(engine), **_drafting(engine, draft), **beside, **(parameters or {})}
     texts = {name: (source / "config.pbtxt").read_text(encoding="utf-8") for name, source in sources.items()}
     if backend == RENDERED:
         model = EngineModel.of(engine)

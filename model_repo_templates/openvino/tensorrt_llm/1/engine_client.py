@@ -30,12 +30,15 @@ class EngineClient:
         *,
         on_events: Callable[[list[tuple[Any, ...]], dict[str, Any]], None],
         on_death: Callable[[str], None],
+        services: int = 1,
     ) -> None:
-        """Start it and wait until it has generated its first tokens. RuntimeError when it fails to."""
+        """Start it and wait until it has generated its first tokens. RuntimeError when it fails to. ``services`` share
+        the cores.
+        """
         ours, theirs = socket.socketpair()
         script = Path(__file__).with_name("engine_process.py")
         self._process = subprocess.Popen(
-            [interpreter(), str(script), str(theirs.fileno()), str(engine_folder)],
+            [interpreter(), str(script), str(theirs.fileno()), str(engine_folder), str(services)],
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
         )

@@ -1,6 +1,6 @@
 """The engine's own process: OpenVINO GenAI continuous batching, one loop, one pipe.
 
-    python engine_process.py SOCKET_FD ENGINE_FOLDER
+    python engine_process.py SOCKET_FD ENGINE_FOLDER SERVICES
 
 It lives apart from Triton's Python process because ``ContinuousBatchingPipeline.step`` keeps Python's interpreter lock
 for a whole step (openvino.genai 2026.4, src/python/py_continuous_batching_pipeline.cpp), and because an engine that
@@ -213,6 +213,15 @@ def _finished(ids: list[int], log_probs: list[float], reason: Any, options: dict
     return *_tokens(ids, log_probs, options), "stop" if stopped else "length"
 
 
+def share_cores(properties: dict[str, Any], services: int, cores: int) -> None:
+    """Of several services each takes its part of the machine's cores, unless its recipe says how many. Not pinned: each
+    process would pin its threads to the same first cores.
+    """
+    if services > 1:
+        properties.setdefault("INFERENCE_NUM_THREADS", max(1, cores // services))
+        properties.setdefault("ENABLE_CPU_PINNING", False)
+
+
 def warm_up(engine: Engine, vocab_size: int, max_tokens: int) -> None:
     """Generate a little, alone and in a batch, so that the first user does not wait for kernels being compiled."""
     count = max(1, min(4, max_tokens // 2))
@@ -256,6 +265,7 @@ def main(argv: list[str]) -> None:
     connection = Connection(int(argv[1]))
     folder = Path(argv[2])
     passport = json.loads((folder / "engine.json").read_text(encoding="utf-8"))
+    share_cores(passport["runtime"].setdefault("properties", {}), int(argv[3]), len(os.sched_getaffinity(0)))
     engine = Engine(folder, passport)
     warm_up(engine, passport["vocab_size"], passport["limits"]["max_seq_len"])
     connection.send(("ready", {"pid": os.getpid()}))

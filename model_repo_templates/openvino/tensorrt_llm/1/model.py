@@ -25,7 +25,8 @@ class TritonPythonModel(EngineModel):
     ) -> RunningEngine:
         refuse_unsound_numpy(strict=True)
         self._drafting = Drafting.of(json.loads((folder / "engine.json").read_text(encoding="utf-8"))["runtime"])
-        client = EngineClient(folder, on_events=on_events, on_death=on_death)
+        services = int(parameters["services"])
+        client = EngineClient(folder, on_events=on_events, on_death=on_death, services=services)
         return GuidedEngine(client, folder, on_events) if (folder / JUDGE).is_dir() else client
 
     def specify(self, inputs: dict[str, np.ndarray], limits: Limits) -> Specification:
