@@ -139,13 +139,14 @@ def test_a_model_that_does_not_fit_is_refused_at_once(verb: Verb, home: Path) ->
     assert not home.exists()
 
 
+@pytest.mark.parametrize("line", ["calibration: {data: my.jsonl}", "lora: [{name: one, path: my.jsonl}]"])
 def test_a_recipe_with_a_relative_path_is_refused_because_a_card_is_used_anywhere(
-    verb: Verb, recipe: Path, model: Path
+    verb: Verb, recipe: Path, model: Path, line: str
 ) -> None:
-    recipe.write_text(RECIPE + "calibration: {data: chats.jsonl}\n")
-    with pytest.raises(RecipeError, match=r"chats\.jsonl is relative") as caught:
+    recipe.write_text(f"{RECIPE}{line}\n")
+    with pytest.raises(RecipeError, match=r"my\.jsonl is relative") as caught:
         verb("create", "-n", "x", "-m", model, "-r", recipe)
-    assert str(Path("chats.jsonl").absolute()) in caught.value.hint
+    assert str(Path("my.jsonl").absolute()) in caught.value.hint
 
 
 def test_a_name_is_given_once_and_only_once(verb: Verb, recipe: Path, model: Path) -> None:

@@ -34,7 +34,7 @@ def built(tmp_path: Path, text: str = TEXT, **passport: Any) -> Card:
 
 
 def packed(model: Card, **more: Any) -> Manifest:
-    return pack(model, card.registry_of(model.home), spoken="parrot", **more)[0]
+    return pack(model, card.registry_of(model.home), **more)[0]
 
 
 def judged(repository: Path, *, passed: bool) -> None:
@@ -102,6 +102,13 @@ def test_editing_a_pulled_recipe_does_not_change_the_package(tmp_path: Path) -> 
     assert again.files == 0
 
 
+def test_a_recipe_that_was_edited_since_the_build_is_not_packed_with_it(tmp_path: Path) -> None:
+    model = built(tmp_path)
+    model.recipe_file.write_text(TEXT.replace("256", "128"))
+    with pytest.raises(ArtifactError, match="max_seq_len was 256, is 128"):
+        packed(model)
+
+
 @pytest.mark.parametrize(
     ("text", "passport", "verdict", "told"),
     [
@@ -119,7 +126,7 @@ def test_what_failed_or_was_not_verified_is_not_packed_unless_it_says_so(
         judged(model.repository, passed=verdict)
     with pytest.raises(RejectedError, match=told) as caught:
         packed(model)
-    assert "scalellm verify --recipe parrot" in caught.value.hint
+    assert f"scalellm verify --recipe {model.recipe_file} --work {tmp_path / 'work'}" in caught.value.hint
     assert not card.registry_of(model.home).root.exists()
     with pytest.raises(RejectedError, match=told):  # its verdict lies beside the engine, too
         check_engine(Engine.open(tmp_path / "work/parrot/engine"), Asked("parrot", model.recipe))
@@ -132,7 +139,7 @@ def test_what_failed_or_was_not_verified_is_not_packed_unless_it_says_so(
 def test_a_verified_model_is_packed_without_a_word(tmp_path: Path) -> None:
     model = built(tmp_path, ACCEPT)
     judged(model.repository, passed=True)
-    _, admission = pack(model, card.registry_of(model.home), spoken="parrot")
+    _, admission = pack(model, card.registry_of(model.home))
     assert not admission.unverified
 
 

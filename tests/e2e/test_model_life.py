@@ -17,7 +17,7 @@ from tests.e2e.parrot import SENTENCES, write_parrot
 from tests.servers.generator_repository import processes_of
 from toolchain import workspace
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 RECIPE = """\
 model: some/model
 device: cpu
@@ -40,8 +40,8 @@ def at_home(scalellm: Callable[..., subprocess.CompletedProcess[str]], places: P
     """``at_home("home2")("list")`` -> what ``scalellm model list --json`` prints there."""
 
     def home(name: str) -> Verb:
-        def verb(*words: object, **more: Any) -> Any:
-            done = scalellm("model", *words, "--home", places / name, "--json", **more)
+        def verb(*words: object) -> Any:
+            done = scalellm("model", *words, "--home", places / name, "--json", timeout=300)
             assert done.returncode == 0, done.stdout + done.stderr
             return json.loads(done.stdout)
 

@@ -310,6 +310,7 @@ def _rename(path: str) -> Change:
                 "repository/weights.pt",
                 "repository/model.pkl",
                 "repository/env.tar.gz",
+                "repository/weights.npy",
                 "repository/libtriton_x.so",
                 "run.py",
                 "deployment.json",
@@ -350,3 +351,21 @@ def test_a_manifest_that_was_made_up_is_refused_before_anything_is_fetched(tmp_p
 def test_names_that_could_leave_a_folder_are_no_names(words: str) -> None:
     with pytest.raises(RecipeError):
         Reference.parse(words)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "repository/ensemble/1/.gitkeep",
+        "repository/tensorrt_llm/1/engine/rank0.engine",
+        "repository/tensorrt_llm/1/engine/model-00001-of-00002.safetensors",
+        "repository/tensorrt_llm/1/engine/openvino_model.bin",
+        "repository/tensorrt_llm/1/engine/lora/1/model.lora_weights.npy",
+        "repository/tensorrt_llm/1/model.yaml",
+        "accuracy-0123456789ab.json",
+    ],
+)
+def test_what_scalellm_writes_may_be_in_a_package(tmp_path: Path, path: str) -> None:
+    manifest, source = package(tmp_path, files={path: b"x"})
+    push(manifest, source, source, Silent())
+    assert resolve(source, LLAMA) == manifest

@@ -93,14 +93,14 @@ def _serve(
     from toolchain.servers.triton.ports import free_ports
     from toolchain.stages import serve as stage
 
-    asked = Asked(str(card.recipe_file), card.recipe, None, allow_unverified, server in ("auto", "path"))
+    asked = Asked(card.spoken, card.recipe, None, allow_unverified, server in ("auto", "path"))
     admission, ports = admit(card.repository, asked), free_ports()
     for note in admission.notes:
         screen.note(f"note: {note}")
     front = doors.front(
         card.repository,
         ports,
-        work=card.work or card.folder,
+        work=card.home,  # where the API keys are
         keys=keys,
         port=port,
         predict_port=port,

@@ -39,7 +39,7 @@ def package(name: str, home: Path, allow_unverified: bool, json_output: bool, ve
     screen = open_screen(json_output, verbose)
     card = read(home, name)
     build(screen, card, **flags)
-    manifest, admission = pack(card, registry_of(home), spoken=str(card.recipe_file), allow_unverified=allow_unverified)
+    manifest, admission = pack(card, registry_of(home), allow_unverified=allow_unverified)
     for note in admission.notes:
         screen.note(f"note: {note}")
     screen.emit({**_document(manifest), "unverified": admission.unverified, "registry": registry_of(home).url})

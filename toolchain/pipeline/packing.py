@@ -59,14 +59,19 @@ class Standing:
     """Why the rest is not known: a card or a recipe that cannot be read."""
 
 
-def pack(card: Card, registry: Folder, *, spoken: str, allow_unverified: bool = False) -> tuple[Manifest, Admission]:
+def pack(card: Card, registry: Folder, *, allow_unverified: bool = False) -> tuple[Manifest, Admission]:
     """Pack the finished repository of a model into a registry on this machine: files are linked, not copied.
 
     Raises RejectedError for an engine that is not to be passed on, ArtifactError for a repository that is damaged.
     """
     repository = card.repository
     stamp = workspace.require(repository, "repository")
-    admission = check_verified(repository, Asked(spoken, card.recipe, allow_unverified=allow_unverified))
+    if changed := recipe_changes(stamp.recipe, card.recipe):
+        raise ArtifactError(
+            f"{card.recipe_file}: says otherwise than what was built: {'; '.join(changed)}",
+            hint=f"scalellm build --recipe {card.spoken}",
+        )
+    admission = check_verified(repository, Asked(card.spoken, card.recipe, allow_unverified=allow_unverified))
     files = {f"repository/{name}": FileEntry(one.size, one.sha256) for name, one in stamp.files.items()}
     for path, entry in files.items():
         check_path(path, str(repository))

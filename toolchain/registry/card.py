@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -61,6 +62,12 @@ class Card:
     @property
     def recipe_file(self) -> Path:
         return self.folder / RECIPE
+
+    @property
+    def spoken(self) -> str:
+        """What follows ``--recipe`` in a command about its artifacts."""
+        work = ["--work", str(self.work)] if self.work else []
+        return shlex.join([str(self.recipe_file), *work])
 
     @property
     def repository(self) -> Path:
@@ -201,8 +208,9 @@ def _no_relative_paths(recipe: Recipe, path: Path) -> None:
     relative = [("calibration.data", data)] if data != "builtin" and not data.startswith("hf:") else []
     draft = recipe.speculative.draft if recipe.speculative else ""
     relative += [("speculative.draft", draft)] if draft and not draft.startswith("hf:") and Path(draft).exists() else []
+    relative += [(f"lora.{index}.path", one.path) for index, one in enumerate(recipe.lora)]
     for key, value in relative:
-        if not Path(value).is_absolute():
+        if not Path(value).expanduser().is_absolute():
             raise RecipeError(
                 f"{path}: {key}: {value} is relative, and a model is used from any folder",
                 hint=f"{key}: {Path(value).absolute()}",

@@ -102,7 +102,7 @@ def busy(card: Card) -> ArtifactError:
     )
 
 
-def stop(card: Card, timeout_s: float = 60.0) -> bool:
+def stop(card: Card, timeout_s: float = 120.0) -> bool:
     """Ask a deployment to finish, and wait for it. -> whether there was one. Raises EndpointError when it does not."""
     found = deployed(card)
     if found is None:

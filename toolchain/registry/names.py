@@ -22,7 +22,7 @@ LATEST = "latest"
 _TOP = re.compile(r"card\.json|recipe\.yaml|passport\.json|accuracy-[0-9a-f]{12}\.json")
 """What lies in a package beside ``repository/``."""
 _KNOWN_SUFFIXES = (".safetensors", ".json", ".jinja", ".pbtxt", ".yaml", ".xml", ".txt", ".engine", ".py", ".gitkeep")
-_KNOWN_NAMES = ("openvino_model.bin", "tokenizer.model")
+_KNOWN_NAMES = ("openvino_model.bin", "tokenizer.model", "model.lora_weights.npy", "model.lora_config.npy")
 _MAY_HOLD = "A Triton repository as scalellm writes it: safetensors, JSON, engines, configurations and its own code"
 
 

@@ -123,7 +123,7 @@ class Folder:
     def adopt(self, path: str, source: Path) -> None:
         """Take a file of this machine whose hash is known: ``place`` says how."""
         target = self.path(path)
-        if target.exists():
+        if self.size(path) == source.stat().st_size:
             return
         with workspace.disk_errors(target):
             self._folder_of(path)
