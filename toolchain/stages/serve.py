@@ -20,9 +20,9 @@ from toolchain.servers.triton.command import Ports
 from toolchain.servers.triton.health import Policy
 from toolchain.servers.triton.locate import Preference, Server, find_server
 from toolchain.servers.triton.needs import Needs, needs_of
-from toolchain.servers.triton.supervisor import ServingInfo, Supervisor
+from toolchain.servers.triton.supervisor import ServingInfo, Supervisor, status_file_of
 
-__all__ = ["Options", "Policy", "Ports", "ServingInfo", "background", "ports_of", "serve"]
+__all__ = ["Options", "Policy", "Ports", "ServingInfo", "background", "ports_of", "serve", "status_file"]
 
 PORTS_APART = 10
 """Between the ports of one service and the next; Triton's own defaults are 8000 to 8002."""
@@ -107,6 +107,11 @@ def ports_of(ports: Ports, services: int) -> list[Ports]:
                 )
             taken[port] = use
     return places
+
+
+def status_file(repository: Path, ports: Ports) -> Path:
+    """Where the engine of the service on these ports writes what it does, as long as nobody names another log."""
+    return status_file_of(_log_of(repository, None), ports.http)
 
 
 @contextmanager

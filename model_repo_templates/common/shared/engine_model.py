@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,8 @@ _LANES = 4
 """More lanes do not send faster: they share Python's lock."""
 _POLL_S = 0.2
 _FAILURES = {"error": "INTERNAL", "refused": "INVALID_ARG"}
+_STATUS_FILE = "SCALELLM_STATUS_FILE"
+"""Where the status is written when the configuration names no file: the environment variable of whoever serves."""
 
 OnEvents = Callable[[list[tuple[Any, ...]], dict[str, Any]], None]
 """Takes the events of one step and the engine's status. An event is (key, row, ids, log probs or None, finish or None,
@@ -70,7 +73,8 @@ class EngineModel:
         folder = Path(args["model_repository"]) / args["model_version"] / parameters["gpt_model_path"]
         self._limits = _limits(json.loads((folder / "engine.json").read_text(encoding="utf-8")), parameters)
         self._max_active = self._limits.max_sequences + int(parameters["max_queue_size"])
-        self._status_file = Path(parameters["status_file"]) if parameters["status_file"] else None
+        status_file = parameters["status_file"] or os.environ.get(_STATUS_FILE, "")
+        self._status_file = Path(status_file) if status_file else None
         self._status: dict[str, Any] = {}
         self._counts = {"finished": 0, "cancelled": 0}
         self._active: dict[int, tuple[Generation, int]] = {}

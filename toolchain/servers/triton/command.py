@@ -14,6 +14,8 @@ CONTAINER_REPOSITORY = "/models"
 ENGINE_MODEL = "tensorrt_llm"
 DRAFT_MODEL = "tensorrt_llm_draft"
 """The only model that ranks beside the first load."""
+STATUS_FILE = "SCALELLM_STATUS_FILE"
+"""The environment variable in which ``model_repo_templates/common/shared/engine_model.py`` looks for it."""
 _SHM_SIZE, _SHM_SIZE_OF_RANKS = "1g", "4g"
 """Shared memory of a container: for Triton's Python models, and for NCCL between ranks. Our choice."""
 _STUB_REGION_FLAG = "--backend-config=python,shm-region-prefix-name="
@@ -43,6 +45,8 @@ class Settings:
     """How long SIGTERM lets requests in flight finish."""
     name: str = "scalellm"
     """Unique on this machine: prefix of the shared memory regions, name of the container."""
+    status_file: Path | None = None
+    """Where our own engines write what they do; not used of a container, which does not see it."""
     load: Literal["all", "none"] = "all"
     log_verbose: int = 0
     ranks: int = 1
@@ -135,7 +139,8 @@ def local_command(
     more = [f"--backend-directory={backends}"] if backends else []
     more += [f"--cache-directory={caches}"] if caches else []
     argv = server_argv(str(executable), settings, str(settings.repository), more)
-    env = {**env, **rank_environment(settings)}
+    told = {STATUS_FILE: str(settings.status_file)} if settings.status_file else {}
+    env = {**env, **rank_environment(settings), **told}
     return Command(argv, env, delete=(f"/dev/shm/{settings.name}*",), cwd=settings.repository)
 
 

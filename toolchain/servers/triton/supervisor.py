@@ -92,6 +92,7 @@ class Supervisor:
             host=host,
             exit_timeout_s=exit_timeout_s,
             name=f"scalellm-{os.getpid()}-{secrets.token_hex(4)}",
+            status_file=status_file_of(log, ports.http),
             ranks=ranks,
             engines=tuple(model for model in (ENGINE_MODEL, DRAFT_MODEL) if (repository / model).is_dir()),
         )
@@ -164,6 +165,8 @@ class Supervisor:
     def _launch(self) -> ServingInfo:
         command = self._server.command(self._settings)
         _rotate(self._log)
+        if self._settings.status_file:
+            self._settings.status_file.unlink(missing_ok=True)
         begun = time.monotonic()
         self._process = runner.start(
             command.argv,
@@ -285,6 +288,11 @@ class Supervisor:
 def _reachable(host: str) -> str:
     """The address to connect to for an address to listen on: "every interface" is reached over loopback."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def status_file_of(log: Path, http_port: int) -> Path:
+    """Where the engine of the server on that port writes what it does: beside the server's log."""
+    return log.resolve().with_name(f"engine-{http_port}.json")
 
 
 def _rotate(log: Path) -> None:

@@ -70,13 +70,14 @@ class Engine:
         return bool(self._waiting or self._running)
 
     def status(self) -> dict[str, Any]:
-        """How many requests run and wait, how full the KV cache is (percent), steps so far, and what was drafted."""
+        """How many requests run and wait, how full the KV cache is: percent of its blocks (0
+        blocks are unknown); steps so far, and what was drafted."""
         if not self._pipeline.has_non_finished_requests():
             self._pipeline.step()  # an empty one: it counts the blocks again, now without those of the last request
         usage = float(self._pipeline.get_metrics().cache_usage)
-        found = {"running": len(self._running), "waiting": len(self._waiting), "kv_usage_percent": round(usage, 2)}
+        kv = {"kv_usage_percent": round(usage, 2), "kv_blocks": self._max_blocks}
         drafts = {"drafted": self._drafted, "accepted": self._accepted} if self._drafting else {}
-        return {**found, "steps": self._steps, **drafts}
+        return {"running": len(self._running), "waiting": len(self._waiting), **kv, "steps": self._steps, **drafts}
 
     def add(self, key: int, ids: bytes, options: dict[str, Any]) -> None:
         self._waiting.append((key, ids, options))
