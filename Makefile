@@ -1,4 +1,5 @@
-# The commands that a person types. Everything is installed into .venv; nothing outside the checkout is touched.
+# The commands that a person types. Everything is installed into .venv; nothing outside the checkout is touched, but for
+# the browser that the tests of the page want: see `make browser`.
 
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -10,7 +11,7 @@ BIN     := $(VENV)/bin
 SCALELLM = $(BIN)/scalellm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oracle test-sky test-schema check build serve lock clean
+.PHONY: help demo browser test test-oracle test-sky test-schema check build serve lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -31,7 +32,17 @@ $(VENV)/.dev: $(VENV)/.cpu
 demo: $(VENV)/.cpu  ## set everything up and run the main job on a small Llama: build, real Triton, answers
 	$(BIN)/python scripts/demo.py
 
-test: $(VENV)/.dev  ## set everything up and run the whole test suite
+BROWSERS := chromium-headless-shell chromium google-chrome google-chrome-stable chrome
+
+browser:  ## as root of a Debian: install its Chromium, in which the page is tested; without one those tests are skipped
+	@for program in $(BROWSERS) "$$SCALELLM_CHROMIUM"; do command -v "$$program" >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "Installing Chromium for the tests of the page"; \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium-headless-shell; } >/dev/null 2>&1 && exit 0; \
+	fi; \
+	echo "No Chromium here: the tests of the page in a browser will be skipped"
+
+test: $(VENV)/.dev browser  ## set everything up and run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 $(ORACLE)/.installed: pyproject.toml constraints-oracle.txt

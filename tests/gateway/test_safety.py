@@ -80,8 +80,8 @@ def test_every_door_but_health_asks_for_the_key(asked: Settings, tmp_path: Path)
         body = json.dumps({"text": CAPITAL}).encode()
         assert post(door.predict_url, body)[0] == 401
         assert post(door.predict_url, body, Authorization=f"Bearer {secret}")[0] == 200
-        codes = [status(door.root + path) for path in ("/metrics", "/v1/models", "/health", "/ready")]
-        assert codes == [401, 401, 200, 200]
+        codes = [status(door.root + path) for path in ("/metrics", "/status", "/v1/models", "/health", "/ready", "/")]
+        assert codes == [401, 401, 401, 200, 200, 200]
         keys.remove(file, "alice")
         with pytest.raises(openai.AuthenticationError):
             good.models.list()
@@ -370,6 +370,10 @@ def test_a_killed_server_is_restarted_and_nobody_who_has_seen_no_token_loses_an_
         for answer in [*whole, late]:
             assert answer.result(120).choices[0].text == reference.text(CAPITAL, 60)
         until(lambda: status(f"{door.root}/ready") == 200)
+        with urllib.request.urlopen(f"{door.root}/status") as state:
+            told = json.load(state)
+        assert [replica["restarts"] for replica in told["replicas"]] == [1]
+        assert told["last_five_minutes"]["failed"] == 1  # the stream that was cut
 
 
 @pytest.mark.timeout(300)
@@ -465,6 +469,10 @@ def test_serve_with_a_gateway_opens_both_and_ends_both(
         assert json.loads(answer)["generated_text"] == reference.text(CAPITAL, 60)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as metrics:
             assert b"nv_inference_count" in metrics.read()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/status") as state:
+            told = json.load(state)
+        assert told["replicas"][0]["kv_blocks"]["total"] > 0
+        assert (told["engine"]["recipe"], told["engine"]["verdict"]) == ("parrot", "not verified")
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=90)
         assert process.returncode == 0

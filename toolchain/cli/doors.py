@@ -32,6 +32,7 @@ def keys_flag(function: Function) -> Function:
 
 def ports_flags(function: Function) -> Function:
     """Where a gateway listens; the same for ``gateway`` and ``serve``."""
+    function = click.option("--no-page", is_flag=True, help="No page at /: only the API.")(function)
     function = click.option("--no-predict", is_flag=True, help="No /predict: only OpenAI's API.")(function)
     function = click.option(
         "--predict-port", type=PORT, default=2345, show_default=True, help="FEDML's POST /predict and GET /ready."
@@ -97,7 +98,8 @@ def gateway(context: click.Context, /, json_output: bool, verbose: int, **flags:
     settings = _settings(model, upstreams, **flags)
 
     def on_ready(listen: Listen) -> None:
-        screen.emit({**{door.strip("/").lower(): url for door, url in listen.urls.items()}, "model": model.name})
+        urls = {**listen.urls, **_page(listen, settings)}
+        screen.emit({**{door.strip("/").lower(): url for door, url in urls.items()}, "model": model.name})
         _announce(screen, listen, settings)
 
     stage.gateway(settings, _listen(**flags), on_ready=on_ready)
@@ -288,11 +290,14 @@ def _local(repository: Path, ports: Ports) -> tuple[Upstream, ...]:
     """The Tritons that ``scalellm serve`` starts on this machine: one for each of the repository's services."""
     from toolchain.gateway.settings import Upstream
     from toolchain.repository import Repository
-    from toolchain.stages.serve import ports_of
+    from toolchain.stages.serve import ports_of, status_file
 
     places = ports_of(ports, Repository.open(repository).services)
     root = "http://127.0.0.1"
-    return tuple(Upstream(f"{root}:{place.http}", f"{root}:{place.metrics}/metrics") for place in places)
+    return tuple(
+        Upstream(f"{root}:{place.http}", f"{root}:{place.metrics}/metrics", status_file(repository, place))
+        for place in places
+    )
 
 
 def _behind(
@@ -348,6 +353,7 @@ def _settings(
     request_s: float = 1800,
     fedml_compat: Any = "json",
     log_prompts: bool = False,
+    no_page: bool = False,
     **_others: Any,
 ) -> Settings:
     from toolchain.gateway.settings import Limits, Settings, Timeouts
@@ -360,6 +366,7 @@ def _settings(
         keys=keys or work / _KEYS,
         fedml_compat=fedml_compat,
         log_prompts=log_prompts,
+        page=not no_page,
     )
 
 
@@ -382,7 +389,11 @@ def _listen(
 def _announce(screen: Screen, listen: Listen, settings: Settings) -> None:
     name = settings.model.name
     screen.say(f"The gateway is open for the model {name}.")
-    for door, url in listen.urls.items():
+    for door, url in {**listen.urls, **_page(listen, settings)}.items():
         screen.say(f"  {door:<8} {url}")
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 32}}'
     screen.say(f"Try:\n  curl {listen.urls['OpenAI']}/chat/completions -d '{body}'\nCtrl-C stops it.")
+
+
+def _page(listen: Listen, settings: Settings) -> dict[str, str]:
+    return {"page": listen.urls["OpenAI"].removesuffix("v1")} if settings.page else {}

@@ -16,13 +16,14 @@ from openai.types import Model as ModelObject
 from starlette.exceptions import HTTPException
 
 from toolchain import __version__
-from toolchain.gateway import asking, schema
+from toolchain.gateway import asking, page, schema
 from toolchain.gateway.answers import Answer, Chat, Completion, PlainText, Predict, usage
 from toolchain.gateway.bodies import Asked, ChatBody, CompletionBody, PredictBody, read_body
 from toolchain.gateway.failures import ApiError, invalid
 from toolchain.gateway.metrics import CONTENT_TYPE
 from toolchain.gateway.service import Service, error_response
 from toolchain.gateway.settings import Model
+from toolchain.gateway.status import Observer, Status
 from toolchain.gateway.visit import Visit
 
 EMPTY_INPUT = "The input is empty: send some text."
@@ -31,7 +32,7 @@ _JSON_ACCEPTS = ("application/json", "*/*", "application/*", "text/event-stream"
 
 
 def openai_app(service: Service) -> FastAPI:
-    """``/v1/...``, ``/health``, ``/ready``, ``/metrics``."""
+    """``/v1/...``, ``/health``, ``/ready``, ``/status``, ``/metrics``, and the page at ``/``."""
     app = _app("scalellm gateway")
     _add_openai(app, service)
     _add_ready(app, service)
@@ -56,6 +57,9 @@ def shared_app(service: Service) -> FastAPI:
 def _add_openai(app: FastAPI, service: Service) -> None:
     _add_models(app, service)
     _add_state(app, service)
+    _add_status(app, service)
+    if service.settings.page:
+        page.add(app)
     doors, names = _Doors(service), service.settings.model.names
 
     @app.post("/v1/chat/completions", openapi_extra=schema.body_of(ChatBody, names), responses=schema.CHAT)
@@ -96,6 +100,18 @@ def _add_state(app: FastAPI, service: Service) -> None:
         texts = await asyncio.gather(*(triton.metrics() for triton in tritons))
         urls = [triton.upstream.http_url for triton in tritons]
         return Response(service.metrics.text(dict(zip(urls, texts, strict=True))), media_type=CONTENT_TYPE)
+
+
+def _add_status(app: FastAPI, service: Service) -> None:
+    observer = Observer(service)
+
+    @app.get("/status", response_model=Status, responses={401: schema.FAILURES[401]})
+    async def status(http: Request) -> Status | Response:
+        try:
+            service.doorkeeper.admit(http.headers.get("authorization"), counted=False)
+        except ApiError as error:
+            return error_response(error)
+        return await observer.look()
 
 
 def _add_ready(app: FastAPI, service: Service) -> None:

@@ -78,8 +78,11 @@ class Doorkeeper:
         self._inside: dict[str, int] = {}
         self._look()
 
-    def admit(self, authorization: str | None) -> Key | None:
-        """The key in an ``Authorization`` header; None where none is asked for. Raises ApiError: 401, or 429."""
+    def admit(self, authorization: str | None, *, counted: bool = True) -> Key | None:
+        """The key in an ``Authorization`` header; None where none is asked for. Raises ApiError: 401, or 429.
+
+        Not ``counted``: a look at the endpoint, which takes nothing of what the key may ask in a minute.
+        """
         self._look()
         if not self._keys:
             return None
@@ -92,7 +95,8 @@ class Doorkeeper:
                 found = key
         if found is None:
             raise _unauthorized("this API key is not known here")
-        self._count(found)
+        if counted:
+            self._count(found)
         return found
 
     def enter(self, key: Key | None) -> None:

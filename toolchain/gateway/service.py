@@ -23,6 +23,7 @@ from toolchain.gateway.keys import Doorkeeper
 from toolchain.gateway.logs import Log
 from toolchain.gateway.metrics import Metrics
 from toolchain.gateway.pool import Pool
+from toolchain.gateway.recent import Recent
 from toolchain.gateway.settings import Settings
 from toolchain.gateway.stops import Cut
 from toolchain.gateway.triton import Flow, Triton, make_session
@@ -40,7 +41,7 @@ class Service:
     def __init__(self, settings: Settings, log: Log | None = None) -> None:
         self.settings = settings
         self.log = log or Log()
-        self.metrics = Metrics()
+        self.metrics, self.recent = Metrics(), Recent()
         self.doorkeeper = Doorkeeper(settings.keys)
         limits = settings.limits
         self.admission = Admission(lambda: limits.max_running or self.pool.room, limits.max_queue, limits.queue_s)

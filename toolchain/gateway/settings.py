@@ -9,6 +9,30 @@ from typing import Literal
 from toolchain.chat import ChatTemplate
 from toolchain.gateway.tokens import Tokenizer
 
+Word = Literal["passed", "failed", "not verified", "unreadable"]
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What an engine's passport says, for people: words, not numbers to compute with."""
+
+    recipe: str
+    device: str
+    backend: str
+    architecture: str
+    weights: str
+    kv: str
+    release: str | None
+    """TensorRT-LLM; None for an engine that needs none."""
+    gpus: int
+    """Ranks of one engine; 0 on a CPU."""
+    max_batch_size: int
+    digest: str
+    """The beginning of the hash of the engine's files."""
+    verdict: Word
+    """Of ``scalellm verify``, when the gateway was started."""
+    verdict_summary: str
+
 
 @dataclass(frozen=True)
 class Model:
@@ -25,6 +49,8 @@ class Model:
     fingerprint: str | None = None
     """Changes with the engine: OpenAI's ``system_fingerprint``."""
     triton_model: str = "tensorrt_llm_bls"
+    engine: EngineFacts | None = None
+    """None where its repository is elsewhere."""
     adapters: tuple[str, ...] = ()
     """LoRA adapters; ``NAME:ADAPTER`` is a model of its own to clients."""
 
@@ -40,6 +66,8 @@ class Upstream:
 
     http_url: str
     metrics_url: str | None = None
+    status_file: Path | None = None
+    """Where its engine writes what it is doing, on this machine."""
 
 
 @dataclass(frozen=True)
@@ -91,3 +119,5 @@ class Settings:
     """The file of hashed keys; without one, or with an empty one, nobody is asked for a key."""
     fedml_compat: Literal["json", "repr"] = "json"
     log_prompts: bool = False
+    page: bool = True
+    """Whether ``/`` is a page."""

@@ -105,6 +105,8 @@ class Triton:
     up: bool = False
     why_down: str = "not asked yet"
     in_flight: int = 0
+    restarts: int = 0
+    """How often it came back after it had failed."""
     last_good_s: float = field(default=float("-inf"))
 
     async def open(self, inputs: Mapping[str, Any]) -> Flow:
@@ -136,6 +138,8 @@ class Triton:
         except (UpstreamError, ApiError) as error:
             self.note(error)
             return self.up
+        if not self.up and self.last_good_s > 0:
+            self.restarts += 1
         self.up, self.last_good_s = True, time.monotonic()
         return True
 

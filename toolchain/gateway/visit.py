@@ -14,6 +14,7 @@ from toolchain.gateway.answers import Answer, Piece, usage
 from toolchain.gateway.keys import Doorkeeper, Key
 from toolchain.gateway.logs import Log, request_id
 from toolchain.gateway.metrics import Metrics
+from toolchain.gateway.recent import Recent
 from toolchain.gateway.settings import Settings
 from toolchain.gateway.triton import Flow
 
@@ -24,6 +25,7 @@ class Behind(Protocol):
     settings: Settings
     log: Log
     metrics: Metrics
+    recent: Recent
     doorkeeper: Doorkeeper
     admission: Admission
 
@@ -57,12 +59,15 @@ class Visit:
         answer, metrics = self.answers.setdefault(piece.index, Answer()), self.service.metrics
         new = max(0, piece.answer_tokens - answer.answer_tokens)
         answer.add(piece)
-        now = time.perf_counter()
+        now, apart_s = time.perf_counter(), None
         if self._first_s is None:
             self._first_s = now - self.begun_s
             metrics.ttft.observe(self._first_s)
+            self.service.recent.first_token(self._first_s)
         elif new:
-            metrics.itl.observe((now - self._last_s) / new)
+            apart_s = (now - self._last_s) / new
+            metrics.itl.observe(apart_s)
+        self.service.recent.tokens(new, apart_s)
         self._last_s = now
 
     def drop_flows(self) -> None:
@@ -87,6 +92,7 @@ class Visit:
             service.admission.leave()
         if self._counted:
             service.doorkeeper.leave(self.key)
+        service.recent.ended(failed=status >= 500 or why == "deadline" or "error" in self.facts)
         metrics = service.metrics
         metrics.requests.labels(self.route, status).inc()
         metrics.seconds.labels(self.route).observe(seconds)

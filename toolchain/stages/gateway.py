@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from toolchain.accuracy import digest_of, read_verdict
+from toolchain.admission import ENGINE
 from toolchain.chat import ChatTemplate
 from toolchain.engine import PASSPORT, Passport
 from toolchain.errors import ArtifactError, ToolError
@@ -19,7 +21,7 @@ from toolchain.repository import Repository
 
 if TYPE_CHECKING:
     from toolchain.gateway.run import Listen
-    from toolchain.gateway.settings import Model, Settings
+    from toolchain.gateway.settings import EngineFacts, Model, Settings
 
 TRITON_MODEL = "tensorrt_llm_bls"
 
@@ -47,7 +49,7 @@ def model_of_repository(path: Path, name: str | None = None) -> Model:
 
     repository = Repository.open(path)
     tokenizer = path / TRITON_MODEL / "1" / "tokenizer"
-    file = path / "tensorrt_llm" / "1" / "engine" / PASSPORT
+    file = path / ENGINE / PASSPORT
     try:
         passport = Passport.from_json(read_json(file))
     except (KeyError, TypeError) as error:
@@ -61,6 +63,35 @@ def model_of_repository(path: Path, name: str | None = None) -> Model:
         fingerprint=f"fp_{repository.stamp.key[:10]}",
         triton_model=TRITON_MODEL,
         adapters=tuple(passport.runtime.get("lora", ())),
+        engine=_facts(repository, passport),
+    )
+
+
+def _facts(repository: Repository, passport: Passport) -> EngineFacts:
+    from toolchain.gateway.settings import EngineFacts, Word
+
+    digest = digest_of(repository.stamp.files, ENGINE)
+    verdict: Word
+    try:
+        found = read_verdict(repository.path, digest)
+    except ArtifactError as error:
+        verdict, summary = "unreadable", error.message
+    else:
+        verdict = "not verified" if found is None else "passed" if found.passed else "failed"
+        summary = found.summary if found else ""
+    return EngineFacts(
+        recipe=passport.recipe,
+        device=passport.device,
+        backend=passport.backend,
+        architecture=passport.architecture,
+        weights=passport.weights,
+        kv=passport.kv,
+        release=passport.release,
+        gpus=repository.gpus,
+        max_batch_size=passport.limits.max_batch_size,
+        digest=digest[:12],
+        verdict=verdict,
+        verdict_summary=summary,
     )
 
 

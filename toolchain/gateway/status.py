@@ -1,0 +1,123 @@
+"""``GET /status``: what an endpoint does just now, for its page and for people with ``curl``. No text of any request.
+
+Numbers of the gateway come from ``recent``; how full the KV cache is, from each engine: the metrics of TensorRT-LLM's
+Triton backend, or the status file that our own engines write, where they run on this machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
+
+from toolchain import __version__
+from toolchain.gateway.kv import Blocks, blocks_of
+from toolchain.gateway.recent import Series, Window
+from toolchain.gateway.settings import EngineFacts
+from toolchain.gateway.triton import Triton
+
+if TYPE_CHECKING:
+    from toolchain.gateway.service import Service
+
+_FRESH_S = 0.5
+"""However many pages are open, the Tritons are asked once in that time."""
+_METRICS_S = 1.0
+"""A Triton that says nothing of itself within this is shown without its cache."""
+
+
+class Replica(BaseModel):
+    """One Triton."""
+
+    name: str
+    """Host and port."""
+    ready: bool
+    why_down: str | None
+    in_flight: int
+    """Requests of this gateway that it works on."""
+    restarts: int
+    """How often it came back after it had failed, since this gateway was started."""
+    kv_blocks: Blocks | None
+
+
+class Status(BaseModel):
+    """An endpoint, now and in its last minutes."""
+
+    ready: bool
+    model: str
+    version: str
+    """Of scalellm."""
+    uptime_s: float
+    """Of this gateway."""
+    running: int
+    """Requests at the engines."""
+    waiting: int
+    """Requests that wait for a place."""
+    places: int
+    """How many may run at once."""
+    max_queue: int
+    replicas: list[Replica]
+    last_minute: Window
+    last_five_minutes: Window
+    series: Series
+    max_seq_len: int | None
+    engine: EngineFacts | None
+    """None where the gateway was given a Triton's address alone."""
+
+
+class Observer:
+    """Asks the Tritons for those who ask for the status."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._lock = asyncio.Lock()
+        self._seen: list[Blocks | None] = []
+        self._seen_s = float("-inf")
+
+    async def look(self) -> Status:
+        """The present status."""
+        service = self._service
+        async with self._lock:
+            if time.monotonic() - self._seen_s > _FRESH_S:
+                self._seen = await asyncio.gather(*(_blocks(triton) for triton in service.pool.tritons))
+                self._seen_s = time.monotonic()
+        settings, recent, admission = service.settings, service.recent, service.admission
+        pairs = zip(service.pool.tritons, self._seen, strict=True)
+        return Status(
+            ready=service.pool.ready,
+            model=settings.model.name,
+            version=__version__,
+            uptime_s=round(recent.uptime_s, 1),
+            running=admission.running,
+            waiting=admission.waiting,
+            places=settings.limits.max_running or service.pool.room,
+            max_queue=settings.limits.max_queue,
+            replicas=[_replica(triton, blocks) for triton, blocks in pairs],
+            last_minute=recent.window(60),
+            last_five_minutes=recent.window(300),
+            series=recent.series(),
+            max_seq_len=settings.model.max_seq_len,
+            engine=settings.model.engine,
+        )
+
+
+def _replica(triton: Triton, blocks: Blocks | None) -> Replica:
+    return Replica(
+        name=triton.upstream.http_url.partition("://")[2],
+        ready=triton.up,
+        why_down=None if triton.up else triton.why_down,
+        in_flight=triton.in_flight,
+        restarts=triton.restarts,
+        kv_blocks=blocks if triton.up else None,
+    )
+
+
+async def _blocks(triton: Triton) -> Blocks | None:
+    if not triton.up:
+        return None
+    try:
+        async with asyncio.timeout(_METRICS_S):
+            return blocks_of(await triton.metrics(), triton.upstream.status_file)
+    except TimeoutError:
+        return None
