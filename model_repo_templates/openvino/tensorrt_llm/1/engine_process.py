@@ -70,8 +70,8 @@ class Engine:
         return bool(self._waiting or self._running)
 
     def status(self) -> dict[str, Any]:
-        """How many requests run and wait, how full the KV cache is (percent of its blocks; 0 blocks are unknown), how many
-        steps there were, and what was drafted."""
+        """Requests that run and wait, how full the KV cache is (percent of its blocks; 0 blocks are unknown), steps so
+        far, and what was drafted."""
         if not self._pipeline.has_non_finished_requests():
             self._pipeline.step()  # an empty one: it counts the blocks again, now without those of the last request
         usage = float(self._pipeline.get_metrics().cache_usage)
