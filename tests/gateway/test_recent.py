@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolchain.gateway.kv import Blocks, blocks_of
@@ -28,6 +28,7 @@ def clock() -> Clock:
     return Clock()
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1e-4, 1e3), min_size=1, max_size=300))
 def test_quantiles_are_within_three_percent_of_what_was_measured(times: list[float]) -> None:
     recent = Recent(Clock())
