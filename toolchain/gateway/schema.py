@@ -60,7 +60,7 @@ _ERROR = {
         }
     },
 }
-_EVENTS = {"type": "string", "description": "Server-sent events; the last one is [DONE]."}
+_EVENTS = {"description": "Server-sent events, each with its text in `data`; the last one is [DONE]."}
 _MODEL = _inlined(Model.model_json_schema())
 _MODELS = {
     "type": "object",
