@@ -150,12 +150,12 @@ def ours(given: argparse.Namespace, gateway: bool = False) -> Iterator[dict[str,
     http, grpc, metrics, openai = (free_port() for _ in range(4))
     ports = ["--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
     more = ["--gateway", "--gateway-port", str(openai), "--no-predict"] if gateway else []
-    log = given.work / "serve.log"
+    log, exactly = given.work / "serve.log", {"min_tokens": given.output_tokens}  # it has no ignore_eos
     with running([*cli, "serve", *common, *ports, *more], lambda: "Ctrl-C" in log.read_text(), log):
         yield {
             "gRPC": Door("triton-grpc", f"127.0.0.1:{grpc}", "tensorrt_llm_bls", ignore_eos=True),
             "HTTP": Door("triton-http", f"http://127.0.0.1:{http}", "tensorrt_llm_bls", ignore_eos=True),
-            "gateway": Door("openai-completions", f"http://127.0.0.1:{openai}/v1", given.shape, ignore_eos=True),
+            "gateway": Door("openai-completions", f"http://127.0.0.1:{openai}/v1", given.shape, extra=exactly),
         }
 
 
