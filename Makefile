@@ -5,13 +5,14 @@ PYTHON  ?= python3
 VENV    ?= .venv
 ORACLE  ?= .venv-oracle
 SKY     ?= .venv-sky
+LM_EVAL ?= .venv-lm-eval
 RECIPE  ?= tiny
 WORK    ?= scalellm-work
 BIN     := $(VENV)/bin
 SCALELLM = $(BIN)/scalellm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo browser test test-oracle test-sky test-schema check build serve lock clean
+.PHONY: help demo browser test test-oracle test-sky test-schema test-lm-eval check build serve lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -71,6 +72,14 @@ test-sky: $(VENV)/.dev $(SKY)/.installed  ## let SkyPilot itself read the tasks 
 test-schema: $(VENV)/.dev  ## let Schemathesis ask the gateway at length what its OpenAPI documents offer
 	SCALELLM_SCHEMA_EXAMPLES=500 $(BIN)/python -m pytest tests/gateway/test_schema.py
 
+$(LM_EVAL)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(LM_EVAL)
+	$(LM_EVAL)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,quantize,lm-eval]'
+	@touch $@
+
+test-lm-eval: $(LM_EVAL)/.installed  ## run tasks of the lm-evaluation-harness itself on small checkpoints
+	$(LM_EVAL)/bin/python -m pytest tests/quality/test_tasks.py
+
 check: $(VENV)/.dev  ## style, types, layers, spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -89,4 +98,4 @@ lock: $(VENV)/.dev $(ORACLE)/.installed  ## write constraints.txt and constraint
 	$(ORACLE)/bin/python scripts/lock.py constraints-oracle.txt
 
 clean:  ## remove the environment, the demo's model and everything built
-	rm -rf $(VENV) $(ORACLE) $(SKY) .oracle .demo $(WORK)
+	rm -rf $(VENV) $(ORACLE) $(SKY) $(LM_EVAL) .oracle .demo $(WORK)

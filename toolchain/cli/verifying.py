@@ -13,6 +13,7 @@ from toolchain.cli.flags import PATH, common, open_job, open_screen, place_flags
 
 if TYPE_CHECKING:
     from toolchain.console import Screen
+    from toolchain.pipeline.tasks import TaskReport
     from toolchain.pipeline.verifying import Answers, Judgment
 
 _SHOWN_LAYERS = 8
@@ -35,6 +36,13 @@ _SHOWN_LAYERS = 8
     "--endpoint", metavar="URL", help="Ask the engine that runs there, such as http://127.0.0.1:8000, instead."
 )
 @click.option("--triton-model", default="tensorrt_llm_bls", show_default=True, help="With --endpoint: whom to ask.")
+@click.option(
+    "--tasks",
+    multiple=True,
+    metavar="NAME|FILE.yaml",
+    help="Accuracy in the lm-evaluation-harness instead: its tasks, or files as it reads them.",
+)
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="With --tasks: so many questions of each.")
 @place_flags()
 @common
 def verify(
@@ -48,6 +56,8 @@ def verify(
     reference: Path | None,
     endpoint: str | None,
     triton_model: str,
+    tasks: tuple[str, ...],
+    limit: int | None,
     json_output: bool,
     verbose: int,
     **place: Any,
@@ -57,7 +67,8 @@ def verify(
     Perplexity and its ratio, KL divergence and top-1 agreement of the next token, each with a standard error over the
     rows of text; the cache of a TensorRT-LLM engine is simulated, layer by layer. One layer is in memory at a time, and
     interrupted work continues. With --endpoint, greedy answers of a running engine are held against the checkpoint that
-    it was built from, token by token: that shows wrong kernels, which weights do not.
+    it was built from, token by token: that shows wrong kernels, which weights do not. With --tasks, both models answer
+    the questions of lm-eval's tasks, layer by layer too, and the difference is paired question by question.
 
     The exit code is 1 where the recipe's accept is not met; the verdict lies beside the engine, and serve heeds it.
 
@@ -66,11 +77,19 @@ def verify(
       scalellm verify --recipe rtx4090
       scalellm verify --recipe t4 --text chats.jsonl --samples 64 --max-ram 6GiB
       scalellm verify --recipe tiny --endpoint http://127.0.0.1:8000 --tokens 128
+      scalellm verify --recipe rtx4090 --tasks hellaswag --tasks my_questions.yaml --limit 500
     """
     from toolchain.pipeline import verifying
 
     screen = open_screen(json_output, verbose)
     job = open_job(screen, recipe, model, work, target=target, **place)
+    if tasks:
+        from toolchain.pipeline.tasks import verify_tasks
+
+        answered = verify_tasks(job, tasks, limit=limit, reference=reference)
+        screen.emit({**answered.report, "file": str(answered.file)})
+        _show_tasks(screen, answered)
+        return
     if endpoint:
         from toolchain.endpoint import Endpoint
 
@@ -124,6 +143,25 @@ def _show(screen: Screen, found: Judgment) -> None:
     screen.say(f"report: {found.folder / 'report.json'}" + (f"   verdict: {found.verdict}" if found.verdict else ""))
     for note in found.notes:
         screen.note(f"note: {note}")
+
+
+def _show_tasks(screen: Screen, found: TaskReport) -> None:
+    report = found.report
+    models, changes = report["models"], report["changes"]
+    screen.table(
+        f"lm-eval {report['lm_eval']}" + (f", {report['limit']} questions of each task" if report["limit"] else ""),
+        ("task", "questions", "metric", "original", "quantized", "difference, paired"),
+        [
+            (
+                *(task, str(report["questions"].get(task, "-")), metric),
+                *(_cell(models[name][task][metric]) for name in ("original", "quantized")),
+                _cell(changes[task][metric]) if metric in changes.get(task, {}) else "-",
+            )
+            for task, row in models["quantized"].items()
+            for metric in row
+        ],
+    )
+    screen.say(f"report: {found.file}")
 
 
 def _show_answers(screen: Screen, found: Answers) -> None:

@@ -69,7 +69,7 @@ def verify(job: Job, *, text: str, samples: int, tokens: int, reference: Path | 
     ``reference``: the unquantized model, where the recipe's is quantized already. Raises ArtifactError where the
     checkpoint is missing or stale, PlanError where there is nothing to compare it with.
     """
-    quantized, key = _checkpoint(job)
+    quantized, key = quantized_checkpoint(job)
     original = Checkpoint.open(reference) if reference else job.original()
     if original.quantization is not None:
         raise PlanError(
@@ -129,7 +129,7 @@ def verify_endpoint(job: Job, endpoint: Endpoint, *, text: str, samples: int, to
     ``tokens`` are those of a prompt and its answer together, half of each, within the engine's limits. The verdict is
     written beside the job's engine: that this is the engine behind the endpoint, the caller vouches for.
     """
-    quantized, key = _checkpoint(job)
+    quantized, key = quantized_checkpoint(job)
     limits = job.plan.limits
     tokens = min(tokens, limits.max_seq_len, quantized.config.max_position_embeddings)
     prompt = max(4, min(tokens // 2, limits.max_input_len) - 2)  # a text may take a token more the second time
@@ -229,7 +229,7 @@ def _judged(model: Mapping[str, Any]) -> dict[str, Any]:
     return {key: model[key] for key in MEASURES}
 
 
-def _checkpoint(job: Job) -> tuple[Checkpoint, str]:
+def quantized_checkpoint(job: Job) -> tuple[Checkpoint, str]:
     """The quantized checkpoint, if it is what the recipe says, and its key."""
     state = job.states()[0]
     if not state.fresh:
