@@ -22,7 +22,7 @@ from tests.servers.generator_repository import (
 )
 from toolchain.endpoint import Endpoint
 from toolchain.errors import EndpointError
-from toolchain.servers.triton.command import Ports
+from toolchain.servers.triton.command import Command, Ports, Settings
 from toolchain.servers.triton.health import Policy
 from toolchain.servers.triton.locate import find_server
 from toolchain.servers.triton.ports import free_ports
@@ -109,6 +109,32 @@ def test_a_busy_port_is_refused_by_naming_who_has_it(repository: Path, which: st
     assert f"{which} port {ports.named()[which]} is taken by pid {os.getpid()} (" in caught.value.message
     assert Path(sys.executable).name in caught.value.message
     assert processes_of(repository) == []
+
+
+class _LosesALock:
+    """A server whose first start ends as Triton does when a lock of its Python backend is lost; then the real one."""
+
+    version, kind = "2.51.0", "bundled"
+
+    def __init__(self) -> None:
+        self.starts = 0
+        self._real = find_server("bundled", environ=os.environ)
+
+    def command(self, settings: Settings) -> Command:
+        self.starts += 1
+        if self.starts > 1:
+            return self._real.command(settings)
+        words = "terminate called after throwing an instance of 'boost::interprocess::lock_exception'"
+        return Command(("sh", "-c", 'echo "$1"; kill -ABRT $$', "tritonserver", words), dict(os.environ))
+
+
+def test_a_triton_that_loses_a_lock_while_it_loads_is_started_once_more(repository: Path) -> None:
+    server = _LosesALock()
+    log = repository.parent / "triton.log"
+    with Supervisor(server, repository, free_ports(), log=log, policy=QUICK, exit_timeout_s=5) as supervisor:
+        assert supervisor.pid
+    assert server.starts == 2
+    assert "lock_exception" in log.with_name("triton.log.1").read_text()
 
 
 def test_a_model_that_raises_is_named_with_its_exception(tmp_path: Path) -> None:

@@ -122,6 +122,15 @@ _TABLE = (
 )
 
 
+def lost_a_lock(log: Path) -> bool:
+    """Whether Triton ended itself over a lock that its Python backend shares with a model's process.
+
+    A bug of Triton that comes by chance, more often on a busy machine, and goes with a new start
+    (https://github.com/triton-inference-server/server/issues/5949 and 8882; seen here with 2.51 while models loaded).
+    """
+    return "boost::interprocess::lock_exception" in tail(log, _LINES)
+
+
 def diagnose(log: Path) -> Cause | None:
     """The first known cause in the last lines of a log, by the order of the table; None where nothing is known."""
     text = tail(log, _LINES)

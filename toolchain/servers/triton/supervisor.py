@@ -113,8 +113,19 @@ class Supervisor:
         return self._process.pid if self._process else 0
 
     def start(self) -> ServingInfo:
-        """Starts the server and waits for its first token. What goes wrong is an ``EndpointError`` with its cause."""
+        """Starts the server and waits for its first token. What goes wrong is an ``EndpointError`` with its cause.
+
+        A Triton that ends itself over a lock of its Python backend, as it does by chance, gets a second try.
+        """
         check_ports(self._settings.host, self._settings.ports)
+        try:
+            return self._launch()
+        except EndpointError:
+            if self._stopping.is_set() or not causes.lost_a_lock(self._log):
+                raise
+        self._progress.note(
+            "Triton lost a lock of its own while it loaded (triton-inference-server issue 5949): once more"
+        )
         return self._launch()
 
     def watch(self) -> None:
