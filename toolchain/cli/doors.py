@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -196,6 +197,7 @@ def list_keys(work: Path, keys: Path | None, json_output: bool, verbose: int) ->
 @click.option("--predict", metavar="URL", help="FEDML's door, such as http://127.0.0.1:2345/predict.")
 @click.option("--kserve-http", metavar="URL", help="Triton's own, such as http://127.0.0.1:8000.")
 @click.option("--kserve-grpc", metavar="HOST:PORT", help="Triton's own, such as 127.0.0.1:8001.")
+@click.option("--tokenizer", type=PATH, metavar="DIR", help="The model's folder: its chat template is compared too.")
 @click.option("--key", envvar="SCALELLM_API_KEY", help="An API key of the gateway. [env: SCALELLM_API_KEY]")
 @common
 def conformance(
@@ -203,45 +205,55 @@ def conformance(
     predict: str | None,
     kserve_http: str | None,
     kserve_grpc: str | None,
+    tokenizer: Path | None,
     key: str | None,
     json_output: bool,
     verbose: int,
 ) -> None:
     """Ask a running service the same at every door, and say what holds. Ends with 7 where something does not.
 
-    URL is OpenAI's API as the gateway prints it.
+    URL is OpenAI's API as the gateway prints it. Long requests are cancelled on the way, and the gateway's /status must
+    then say that the KV cache is as free as before: other clients at the same time can make that check fail.
 
     \b
-    Example:
+    Examples:
+      scalellm conformance http://127.0.0.1:8080/v1 --tokenizer MODEL_DIR
       scalellm conformance http://127.0.0.1:8080/v1 --predict http://127.0.0.1:2345/predict --kserve-grpc 127.0.0.1:8001
     """
+    from functools import partial
+
+    from toolchain.chat import ChatTemplate
     from toolchain.endpoint import Endpoint
     from toolchain.errors import RejectedError
+    from toolchain.measuring import conformance_doors as ways
     from toolchain.stages import conformance as stage
 
     screen = open_screen(json_output, verbose)
     url = url.rstrip("/")
-    model = stage.model_at(f"{url}/models", key)
-    asked: list[stage.Door] = [stage.Json("OpenAI", f"{url}/completions", model, key)]
-    classic = None
-    if predict:
-        asked.append(stage.Json("/predict", predict, model, key))
-        classic = (
-            stage.Json("/predict", predict, model, key),
-            stage.Json("chat", f"{url}/chat/completions", model, key),
-        )
+    model = ways.model_at(f"{url}/models", key)
+    asked: list[ways.Door] = [ways.Json("OpenAI", f"{url}/completions", model, key)]
+    classic = ways.Json("/predict", predict, model, key) if predict else None
+    if classic:
+        asked.append(classic)
+    beside = stage.Beside(
+        chat=ways.Json("chat", f"{url}/chat/completions", model, key),
+        predict=classic,
+        template=ChatTemplate.of(tokenizer) if tokenizer else None,
+        kv_blocks=partial(ways.kv_blocks_at, f"{url.removesuffix('/v1')}/status", key),
+    )
     if kserve_http:
-        asked.append(stage.Kserve(Endpoint(kserve_http, ""), "http"))
+        asked.append(ways.Kserve(Endpoint(kserve_http, ""), "http"))
     if kserve_grpc:
-        asked.append(stage.Kserve(Endpoint("", kserve_grpc), "grpc"))
+        asked.append(ways.Kserve(Endpoint("", kserve_grpc), "grpc"))
     found = []
-    for finding in stage.conformance(asked, classic):
+    for finding in stage.conformance(asked, beside):
         found.append(finding)
         screen.say(f"{'ok    ' if finding.passed else 'FAILED'}  {finding.check}" + _indented(finding.detail))
-    screen.emit({"doors": [door.name for door in asked], "checks": [vars(finding) for finding in found]})
     failed = sum(not finding.passed for finding in found)
-    if failed:
-        raise RejectedError(f"{failed} of {len(found)} checks failed")
+    checks = [vars(finding) for finding in found]
+    screen.emit({"doors": [door.name for door in asked], "failed": failed, "checks": checks})
+    screen.say(f"{failed} of {len(found)} checks failed" if failed else f"all {len(found)} checks hold")
+    sys.exit(RejectedError.exit_code if failed else 0)
 
 
 def _indented(detail: str) -> str:

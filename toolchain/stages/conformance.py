@@ -1,44 +1,30 @@
 """conformance: the same questions at every door of a running service -> what held and what did not.
 
 Doors: KServe over HTTP and over gRPC (Triton itself), OpenAI's API, FEDML's ``/predict``. Nothing is known of the
-model: answers are compared with one another, streamed with whole, and with what each of them says about itself. Every
-check is greedy or has a seed, so it can be repeated.
+model but, where it is given, its chat template: answers are compared with one another, streamed with whole, and with
+what each of them says about itself. Every check is greedy or has a seed, so it can be repeated.
 """
 
 from __future__ import annotations
 
-import json
+import operator
 import re
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any
 
-from toolchain.endpoint import Endpoint
+from toolchain.chat import ChatTemplate, Message
 from toolchain.errors import EndpointError, RejectedError
+from toolchain.measuring.conformance_doors import Door, Poster, Reply
 
 _PROMPT = "The capital of France is"
 _UNICODE = "日本の首都は😀🎉 Zürich"
 _TOKENS = 24
 _LONG_TOKENS = 256
 _REGEX = "[a-z]{2,9}"
-_TIMEOUT_S = 300.0
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A whole answer, or the pieces of a streamed one."""
-
-    pieces: tuple[str, ...]
-    finish: str | None = None
-    prompt_tokens: int | None = None
-    answer_tokens: int | None = None
-
-    @property
-    def text(self) -> str:
-        return "".join(self.pieces)
+_TOLD_S = 1.0
+"""Until ``/status`` tells of what was: engines and gateways look a few times a second."""
 
 
 @dataclass
@@ -50,122 +36,25 @@ class Finding:
     detail: str = ""
 
 
-class Door(Protocol):
-    """One way to ask. Raises RejectedError for what is refused, EndpointError for what is broken."""
+@dataclass(frozen=True)
+class Beside:
+    """What is there besides the doors that are compared; None: its checks are left out."""
 
-    name: str
-
-    def ask(self, prompt: str, max_tokens: int, *, stream: bool, **sampling: Any) -> Reply:
-        """``sampling`` as KServe names it: ``temperature``, ``top_p``, ``seed``, ``stop_words``, a guide."""
-
-    def begin(self, prompt: str, max_tokens: int) -> None:
-        """Take the first piece of a streamed answer and go away."""
-
-
-class Kserve:
-    """Triton's ``tensorrt_llm_bls``."""
-
-    def __init__(self, endpoint: Endpoint, protocol: Literal["http", "grpc"]) -> None:
-        self.name = f"KServe {'HTTP' if protocol == 'http' else 'gRPC'}"
-        self._endpoint, self._protocol = endpoint, protocol
-
-    def ask(self, prompt: str, max_tokens: int, *, stream: bool, **sampling: Any) -> Reply:
-        counts = {"return_num_input_tokens": True, "return_num_output_tokens": True}
-        pieces: list[str] = []
-        told: dict[str, Any] = {}
-        for chunk in self._endpoint.generate(
-            prompt, max_tokens=max_tokens, protocol=self._protocol, stream=stream, **counts, **sampling
-        ):
-            pieces.append(chunk.text)
-            told |= {name: _plain(value) for name, value in chunk.outputs.items()}
-        counts_told = told.get("num_input_tokens"), told.get("num_output_tokens")
-        return Reply(tuple(pieces), told.get("finish_reason"), *counts_told)
-
-    def begin(self, prompt: str, max_tokens: int) -> None:
-        with closing(self._endpoint.generate(prompt, max_tokens=max_tokens, protocol=self._protocol)) as chunks:
-            next(iter(chunks))
+    chat: Poster | None = None
+    """``/v1/chat/completions``."""
+    predict: Poster | None = None
+    """``/predict``, for FEDML's classic body; together with ``chat``."""
+    template: ChatTemplate | None = None
+    """The model's own, to be compared with ``chat``."""
+    kv_blocks: Callable[[], list[int] | None] | None = None
+    """Blocks in use, by replica."""
+    freed_s: float = 10.0
+    """Until those of cancelled requests must be free; other clients' requests may end meanwhile."""
 
 
-class Json:
-    """OpenAI's completions, at ``/v1/completions`` or as a body of ``/predict``."""
-
-    def __init__(self, name: str, url: str, model: str, key: str | None) -> None:
-        self.name, self.model, self._url, self._key = name, model, url, key
-
-    def ask(self, prompt: str, max_tokens: int, *, stream: bool, **sampling: Any) -> Reply:
-        body = self._body(prompt, max_tokens, **sampling)
-        if not stream:
-            found = self.post(body)
-            choice, used = found["choices"][0], found["usage"]
-            return Reply((choice["text"],), choice["finish_reason"], used["prompt_tokens"], used["completion_tokens"])
-        pieces, finish, used = [], None, None
-        for event in self.events({**body, "stream": True, "stream_options": {"include_usage": True}}):
-            used = event.get("usage") or used
-            for choice in event["choices"]:
-                pieces.append(choice["text"])
-                finish = choice["finish_reason"] or finish
-        counts = (used["prompt_tokens"], used["completion_tokens"]) if used else (None, None)
-        return Reply(tuple(pieces), finish, *counts)
-
-    def begin(self, prompt: str, max_tokens: int) -> None:
-        with closing(self.events({**self._body(prompt, max_tokens), "stream": True})) as events:
-            next(iter(events))
-
-    def post(self, body: dict[str, Any]) -> dict[str, Any]:
-        with self._open(body) as answer:
-            return dict(json.loads(answer.read()))
-
-    def events(self, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
-        with self._open(body) as answer:
-            for line in answer:
-                if line.startswith(b"data: {"):
-                    event = json.loads(line[6:])
-                    if "error" in event:
-                        raise EndpointError(str(event["error"]["message"]))
-                    yield event
-
-    def _body(self, prompt: str, max_tokens: int, **sampling: Any) -> dict[str, Any]:
-        stop = sampling.pop("stop_words", None)
-        if sampling.pop("guided_decoding_guide_type", None):
-            sampling["structured_outputs"] = {"regex": sampling.pop("guided_decoding_guide")}
-        greedy = {} if "temperature" in sampling else {"temperature": 0}  # without a word of it OpenAI samples
-        return {
-            "model": self.model, "prompt": prompt, "max_tokens": max_tokens, **greedy, **sampling,
-            **({"stop": stop} if stop else {}),
-        }  # fmt: skip
-
-    def _open(self, body: dict[str, Any]) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(self._url, json.dumps(body).encode(), headers)
-        try:
-            return urllib.request.urlopen(request, timeout=_TIMEOUT_S)
-        except urllib.error.HTTPError as error:
-            try:
-                message = str(json.loads(error.read())["error"]["message"])
-            except (ValueError, KeyError, TypeError):
-                message = f"HTTP {error.code}"
-            raise (EndpointError if error.code >= 500 else RejectedError)(message) from None
-        except OSError as error:
-            raise EndpointError(f"nobody answers at {self._url}: {error}") from None
-
-
-def model_at(url: str, key: str | None) -> str:
-    """The name of the model that ``/v1/models`` lists first. Raises EndpointError."""
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
-    try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
-            return str(json.loads(answer.read())["data"][0]["id"])
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise EndpointError(f"{url} lists no model: {error}", hint="scalellm gateway --recipe RECIPE") from None
-
-
-def conformance(doors: Sequence[Door], classic: tuple[Json, Json] | None = None) -> Iterator[Finding]:
-    """Each check as it is done. ``classic``: (``/predict``, ``/v1/chat/completions``), to compare FEDML's classic body.
-
-    Raises EndpointError where a door does not answer at all.
-    """
+def conformance(doors: Sequence[Door], beside: Beside | None = None) -> Iterator[Finding]:
+    """Each check as it is done. Raises EndpointError where a door does not answer at all."""
+    beside = beside or Beside()
     plain = [door.ask(_PROMPT, _TOKENS, stream=False) for door in doors]
     answer = plain[0]
     yield _same("the greedy answer is the same at every door", doors, [one.text for one in plain])
@@ -187,13 +76,53 @@ def conformance(doors: Sequence[Door], classic: tuple[Json, Json] | None = None)
     too_long = "word " * 200_000
     yield _refused("a prompt that is too long is refused", doors, lambda door: door.ask(too_long, 1, stream=False))
     yield _same("an empty prompt is the same for all", doors, [_or_refusal(door, "") for door in doors])
+    yield from _cancelled(doors, answer.text, beside)
+    if beside.chat and beside.template:
+        yield _templated(doors, beside.chat, beside.template)
+    if beside.chat and beside.predict:
+        yield _classic(beside.predict, beside.chat)
+
+
+def _cancelled(doors: Sequence[Door], answer: str, beside: Beside) -> Iterator[Finding]:
+    """Streams that are left after their first piece, then the same answer and no more KV blocks than before."""
+    before = beside.kv_blocks() if beside.kv_blocks else None
     for _ in range(8):
         for door in doors:
-            door.begin(_PROMPT, _LONG_TOKENS)
+            _leave(door)
     after = [door.ask(_PROMPT, _TOKENS, stream=False).text for door in doors]
-    yield _same("after cancelled streams the answer is as before", doors, after, answer.text)
-    if classic:
-        yield _classic(*classic)
+    yield _same("after cancelled streams the answer is as before", doors, after, answer)
+    check = "cancelled streams free the KV cache"
+    left = _settled(beside.kv_blocks, before, beside.freed_s) if beside.kv_blocks and before is not None else None
+    if left is None or before is None:
+        yield Finding(check, True, "not tried: the service has no /status that counts KV blocks")
+    else:
+        freed = _no_more(left, before)
+        yield Finding(check, freed, "" if freed else f"{left} blocks in use, and {before} before")
+
+
+def _leave(door: Door) -> None:
+    """In the middle of a long answer: where it may be, the model is kept from ending it early. Triton 2.51 can crash
+    when a gRPC stream is cancelled at the moment at which its answer ends
+    (https://github.com/triton-inference-server/server/pull/7840, in 25.01).
+    """
+    try:
+        door.begin(_PROMPT, _LONG_TOKENS, min_tokens=_LONG_TOKENS)
+    except RejectedError:
+        door.begin(_PROMPT, _LONG_TOKENS)
+
+
+def _settled(blocks: Callable[[], list[int] | None], before: list[int], most_s: float) -> list[int] | None:
+    """Blocks in use when they are as few as ``before``, or when the time for that is over."""
+    until = time.monotonic() + most_s
+    while True:
+        time.sleep(min(_TOLD_S, most_s / 2))
+        found = blocks()
+        if found is None or _no_more(found, before) or time.monotonic() > until:
+            return found
+
+
+def _no_more(now: Sequence[int], before: Sequence[int]) -> bool:
+    return len(now) == len(before) and all(map(operator.le, now, before))
 
 
 def _same(check: str, doors: Sequence[Door], values: Sequence[Any], expected: Any = None) -> Finding:
@@ -219,11 +148,14 @@ def _stop(doors: Sequence[Door], answer: str) -> Finding:
 
 def _guided(doors: Sequence[Door]) -> Finding:
     """A service without guided decoding refuses it everywhere."""
+    check = "an answer keeps to a regex"
     guide = {"guided_decoding_guide_type": "regex", "guided_decoding_guide": _REGEX}
     told = [_or_refusal(door, _PROMPT, **guide) for door in doors]
     if told[0] is not None and not re.fullmatch(_REGEX, told[0]):
-        return Finding("an answer keeps to a regex", False, f"{doors[0].name}: {told[0]!r} does not match {_REGEX}")
-    return _same("an answer keeps to a regex", doors, told, None if told[0] is None else told[0])
+        return Finding(check, False, f"{doors[0].name}: {told[0]!r} does not match {_REGEX}")
+    if set(told) == {None}:
+        return Finding(check, True, "not tried: every door refuses it; its recipe has no guided_decoding")
+    return _same(check, doors, told)
 
 
 def _refused(check: str, doors: Sequence[Door], ask: Callable[[Door], Reply]) -> Finding:
@@ -247,7 +179,22 @@ def _or_refusal(door: Door, prompt: str, **sampling: Any) -> str | None:
         return None
 
 
-def _classic(predict: Json, chat: Json) -> Finding:
+def _templated(doors: Sequence[Door], chat: Poster, template: ChatTemplate) -> Finding:
+    """A conversation over OpenAI's chat is the text that the model's template makes of it, sent to every door."""
+    turns: list[Message] = [
+        {"role": "user", "content": _PROMPT}, {"role": "assistant", "content": "Paris."},
+        {"role": "user", "content": _UNICODE},
+    ]  # fmt: skip
+    found = chat.post({"model": chat.model, "messages": turns, "max_tokens": _TOKENS, "temperature": 0})
+    choice, used = found["choices"][0], found["usage"]
+    prompt = template.render(turns)
+    asked = [door.ask(prompt, _TOKENS, stream=False) for door in doors]
+    told = [(one.text, one.prompt_tokens) for one in asked]
+    expected = choice["message"]["content"], used["prompt_tokens"]
+    return _same("a chat is what the model's template writes", doors, told, expected)
+
+
+def _classic(predict: Poster, chat: Poster) -> Finding:
     """FEDML's ``{"text": ...}`` is one turn of a chat, or, without a chat template of the model, the bare prompt."""
     text = predict.post({"text": _PROMPT, "max_tokens": _TOKENS}).get("generated_text")
     turn = {"messages": [{"role": "user", "content": _PROMPT}], "max_tokens": _TOKENS, "temperature": 0}
@@ -259,7 +206,3 @@ def _classic(predict: Json, chat: Json) -> Finding:
 
 def _counts(reply: Reply) -> tuple[int | None, int | None]:
     return reply.prompt_tokens, reply.answer_tokens
-
-
-def _plain(value: Any) -> Any:
-    return value.decode() if isinstance(value, bytes) else value
