@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.parrot import SENTENCES, write_parrot
 from tests.e2e.served import Served, ServerError
 from tests.e2e.test_triton_models import Reference
+from tests.gateway.behind_gateway import gateway, settings_for
+from tests.gateway.test_doors import post, until_ready
 from toolchain.pipeline import Job
 from toolchain.progress import Silent
 from toolchain.recipe import load_recipe
@@ -94,6 +100,30 @@ def test_server_says_how_much_was_drafted_in_all(served: Served) -> None:
     assert after["accepted"] - before["accepted"] == one["total_accepted_draft_tokens"]
     assert after["drafted"] - before["drafted"] == one["total_draft_tokens"]
     assert after["kv_usage_percent"] == 0
+
+
+def test_a_gateway_gives_the_same_text_and_tells_what_the_drafts_were_worth(
+    parrots: tuple[Path, Path], served: Served, reference: Reference
+) -> None:
+    asked = settings_for(parrots[0], served.http_port)
+    asked = replace(asked, upstreams=(replace(asked.upstreams[0], status_file=served.status_file),))
+    body = json.dumps({"model": "parrot", "prompt": PROMPTS[0], "max_tokens": 40, "temperature": 0}).encode()
+    with gateway(asked) as door:
+        until_ready(door)
+        _code, _headers, answer = post(f"{door.url}/completions", body)
+        _code, _headers, predicted = post(door.predict_url, json.dumps({"text": PROMPTS[0], "max_tokens": 40}).encode())
+        told = served.idle()
+        with urllib.request.urlopen(f"{door.root}/status") as state:
+            drafts = json.load(state)["replicas"][0]["drafts"]
+        with urllib.request.urlopen(f"{door.root}/metrics") as metrics:
+            families = {one.name: one for one in text_string_to_metric_families(metrics.read().decode())}
+    assert json.loads(answer)["choices"][0]["text"] == reference.text(PROMPTS[0], 40)
+    assert json.loads(predicted)["generated_text"] == reference.text(PROMPTS[0], 40)
+    assert drafts == {"drafted": told["drafted"], "accepted": told["accepted"]}
+    assert 0 < drafts["accepted"] <= drafts["drafted"]
+    for name, value in drafts.items():
+        (sample,) = families[f"scalellm_engine_{name}_tokens"].samples
+        assert (sample.labels, sample.value) == ({"triton": asked.upstreams[0].http_url}, value)
 
 
 def test_sampled_text_repeats_with_its_seed(served: Served) -> None:

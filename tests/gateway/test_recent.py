@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolchain.gateway.kv import Blocks, blocks_of
+from toolchain.gateway.kv import Blocks, Drafts, blocks_of, drafts_of
 from toolchain.gateway.recent import SLOT_S, SLOTS, Recent
 
 
@@ -136,3 +136,14 @@ def test_the_cache_of_our_own_engines_is_read_from_their_file(tmp_path: Path, te
     (tmp_path / "status.json").write_text(text)
     assert blocks_of("other_metric 1\n", tmp_path / "status.json") == expected
     assert blocks_of("nv_trt_llm_kv_cache_block_metrics{ 1\n", tmp_path / "nothing.json") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [('{"drafted": 40, "accepted": 31, "kv_blocks": 8}', Drafts(40, 31)), ('{"kv_blocks": 8}', None),
+     ('{"drafted": 4}', None), ("[1]", None), ("half a f", None)],
+)  # fmt: skip
+def test_drafts_are_read_from_the_engines_file(tmp_path: Path, text: str, expected: object) -> None:
+    (tmp_path / "status.json").write_text(text)
+    assert drafts_of(tmp_path / "status.json") == expected
+    assert drafts_of(tmp_path / "nothing.json") is drafts_of(None) is None

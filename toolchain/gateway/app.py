@@ -20,6 +20,7 @@ from toolchain.gateway import asking, page, schema
 from toolchain.gateway.answers import Answer, Chat, Completion, PlainText, Predict, usage
 from toolchain.gateway.bodies import Asked, ChatBody, CompletionBody, PredictBody, read_body
 from toolchain.gateway.failures import ApiError, invalid
+from toolchain.gateway.kv import drafts_of
 from toolchain.gateway.metrics import CONTENT_TYPE
 from toolchain.gateway.service import Service, error_response
 from toolchain.gateway.settings import Model
@@ -99,7 +100,9 @@ def _add_state(app: FastAPI, service: Service) -> None:
         tritons = service.pool.tritons
         texts = await asyncio.gather(*(triton.metrics() for triton in tritons))
         urls = [triton.upstream.http_url for triton in tritons]
-        return Response(service.metrics.text(dict(zip(urls, texts, strict=True))), media_type=CONTENT_TYPE)
+        drafts = {triton.upstream.http_url: drafts_of(triton.upstream.status_file) for triton in tritons if triton.up}
+        text = service.metrics.text(dict(zip(urls, texts, strict=True)), drafts)
+        return Response(text, media_type=CONTENT_TYPE)
 
 
 def _add_status(app: FastAPI, service: Service) -> None:

@@ -1,4 +1,5 @@
-"""How full an engine's KV cache is: from its Triton's metrics, or from the file in which our own engines write it.
+"""How full an engine's KV cache is: from its Triton's metrics, or from the file in which our own engines write it; and
+what its drafts were worth, which only that file says.
 
 TensorRT-LLM's backend reports ``nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="used"|"max"|...}``
 (https://github.com/triton-inference-server/tensorrtllm_backend, README, "Triton Metrics", read 2026-11).
@@ -27,6 +28,23 @@ class Blocks:
     total: int
 
 
+@dataclass(frozen=True)
+class Drafts:
+    """Of an engine with speculative decoding, since its start: tokens that were drafted, and those that it kept."""
+
+    drafted: int
+    accepted: int
+
+
+def drafts_of(status_file: Path | None) -> Drafts | None:
+    """From the status file; None where nothing is drafted, or nobody says so."""
+    told = _read(status_file) if status_file else {}
+    try:
+        return Drafts(int(told["drafted"]), int(told["accepted"]))
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def blocks_of(metrics: str, status_file: Path | None) -> Blocks | None:
     """From Prometheus' text, else from the status file; None where neither says it."""
     return _of_metrics(metrics) or (_of_file(status_file) if status_file else None)
@@ -48,9 +66,18 @@ def _of_metrics(text: str) -> Blocks | None:
 
 
 def _of_file(file: Path) -> Blocks | None:
+    told = _read(file)
     try:
-        told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         total = int(told["kv_blocks"])
         return Blocks(round(total * float(told["kv_usage_percent"]) / 100), total) if total else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Empty where there is no file, or no object in it."""
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}

@@ -1,12 +1,16 @@
-"""What a gateway counts, for Prometheus; and what the Tritons behind it count, passed on with the label ``triton``."""
+"""What a gateway counts, for Prometheus; and what the Tritons behind it count, passed on with the label ``triton``; and
+what engines with speculative decoding draft.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics_core import Metric
+from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
+
+from toolchain.gateway.kv import Drafts
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -42,9 +46,27 @@ class Metrics:
         self.cancelled = Counter(f"{name}cancelled", "Requests whose client went away.", registry=registry)
         self.up = Gauge(f"{name}triton_up", "Whether a Triton generates.", ["triton"], registry=registry)
 
-    def text(self, relayed: Mapping[str, str]) -> bytes:
-        """Prometheus' text format; ``relayed``: each Triton's own text by its URL."""
-        return generate_latest(self.registry) + generate_latest(_Relayed(relayed))
+    def text(self, relayed: Mapping[str, str], drafts: Mapping[str, Drafts | None]) -> bytes:
+        """Prometheus' text format; ``relayed``: each Triton's own text by its URL; ``drafts``: its engine's."""
+        return generate_latest(self.registry) + generate_latest(_Drafted(drafts)) + generate_latest(_Relayed(relayed))
+
+
+class _Drafted(CollectorRegistry):
+    """Drafted and accepted tokens of each engine that says so; their ratio is the acceptance rate."""
+
+    def __init__(self, drafts: Mapping[str, Drafts | None]) -> None:
+        super().__init__()
+        self._drafts = drafts
+
+    def collect(self) -> Iterable[Metric]:
+        name = "scalellm_engine_"
+        drafted = CounterMetricFamily(f"{name}drafted_tokens", "Tokens that were drafted.", labels=["triton"])
+        accepted = CounterMetricFamily(f"{name}accepted_tokens", "Those that the model kept.", labels=["triton"])
+        for triton, drafts in self._drafts.items():
+            if drafts is not None:
+                drafted.add_metric([triton], drafts.drafted)
+                accepted.add_metric([triton], drafts.accepted)
+        return [family for family in (drafted, accepted) if family.samples]
 
 
 class _Relayed(CollectorRegistry):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 
 from toolchain import __version__
-from toolchain.gateway.kv import Blocks, blocks_of
+from toolchain.gateway.kv import Blocks, Drafts, blocks_of, drafts_of
 from toolchain.gateway.recent import Series, Window
 from toolchain.gateway.settings import EngineFacts
 from toolchain.gateway.triton import Triton
@@ -39,6 +39,8 @@ class Replica(BaseModel):
     restarts: int
     """How often it came back after it had failed, since this gateway was started."""
     kv_blocks: Blocks | None
+    drafts: Drafts | None
+    """None without speculative decoding, and where the engine does not say it."""
 
 
 class Status(BaseModel):
@@ -110,6 +112,7 @@ def _replica(triton: Triton, blocks: Blocks | None) -> Replica:
         in_flight=triton.in_flight,
         restarts=triton.restarts,
         kv_blocks=blocks if triton.up else None,
+        drafts=drafts_of(triton.upstream.status_file) if triton.up else None,
     )
 
 
