@@ -341,6 +341,11 @@ def test_predict_to_an_empty_text_says_that_it_is_empty(door: Gateway) -> None:
     code, _headers, body = post(door.predict_url, b'{"text": ""}')
     assert code == 200
     assert "empty" in json.loads(body)["generated_text"]
+    code, headers, body = post(door.predict_url, b'{"text": " ", "stream": true}')
+    assert (code, headers["content-type"].split(";")[0]) == (200, "text/event-stream")
+    first, end = body.decode().split("\n\n", 1)
+    assert "empty" in json.loads(first.removeprefix("data: "))["generated_text"]
+    assert end.strip() == "data: [DONE]"
 
 
 def test_predict_in_the_old_form_is_a_python_repr_in_a_json_text(
@@ -357,6 +362,13 @@ def test_predict_also_takes_openai_s_bodies(door: Gateway, reference: Reference)
     body = {"messages": said(CAPITAL), "temperature": 0, "max_tokens": 60}
     _code, _headers, chat = post(door.predict_url, json.dumps(body).encode())
     assert json.loads(chat)["choices"][0]["message"]["content"] == reference.text(CAPITAL, 60)
+    at_their_paths = {
+        "/chat/completions": (body, lambda choice: choice["message"]["content"]),
+        "/completions": ({"prompt": CAPITAL, "temperature": 0, "max_tokens": 60}, lambda choice: choice["text"]),
+    }
+    for path, (asked, text_of) in at_their_paths.items():
+        code, _headers, found = post(door.predict_url.replace("/predict", path), json.dumps(asked).encode())
+        assert (code, text_of(json.loads(found)["choices"][0])) == (200, reference.text(CAPITAL, 60))
 
 
 def test_predict_is_ready_with_200_and_loading_with_202(door: Gateway, parrot: Path) -> None:

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from toolchain import __version__
 from toolchain.gateway import asking, page, schema
-from toolchain.gateway.answers import Answer, Chat, Completion, PlainText, Predict, usage
+from toolchain.gateway.answers import Answer, Chat, Completion, Piece, PlainText, Predict, usage
 from toolchain.gateway.bodies import Asked, ChatBody, CompletionBody, PredictBody, read_body
 from toolchain.gateway.failures import ApiError, invalid
 from toolchain.gateway.kv import drafts_of
@@ -41,7 +41,9 @@ def openai_app(service: Service) -> FastAPI:
 
 
 def predict_app(service: Service) -> FastAPI:
-    """``/predict`` and ``/ready`` as FEDML's inference containers have them."""
+    """``/predict`` and ``/ready`` as FEDML's inference containers have them, and OpenAI's bodies at the paths of its
+    newer ones.
+    """
     app = _app("scalellm /predict")
     _add_predict(app, service)
     return app
@@ -135,6 +137,14 @@ def _add_predict(app: FastAPI, service: Service) -> None:
     async def predict(http: Request) -> Response:
         return await service.visit(http, "predict", doors.predict)
 
+    @app.post("/chat/completions", include_in_schema=False)
+    async def unnamed_chat(http: Request) -> Response:
+        return await service.visit(http, "chat", doors.unnamed_chat)
+
+    @app.post("/completions", include_in_schema=False)
+    async def unnamed_completions(http: Request) -> Response:
+        return await service.visit(http, "completions", doors.unnamed_completion)
+
     @app.get("/ready", responses={202: {"description": "Still loading."}})
     async def ready() -> Response:
         if service.pool.ready:
@@ -161,18 +171,24 @@ class _Doors:
         requests = asking.of_completion(body, self._model, self._limits)
         return await self._openai(visit, body, requests, Completion(replace(self._model, name=body.model)))
 
+    async def unnamed_chat(self, found: dict[str, Any], visit: Visit) -> Response:
+        return await self.chat({"model": self._model.name, **found}, visit)
+
+    async def unnamed_completion(self, found: dict[str, Any], visit: Visit) -> Response:
+        return await self.completion({"model": self._model.name, **found}, visit)
+
     async def predict(self, found: dict[str, Any], visit: Visit) -> Response:
         """FEDML's classic body; the newer ones are OpenAI's, where the model need not be named."""
         if "messages" in found:
-            return await self.chat({"model": self._model.name, **found}, visit)
+            return await self.unnamed_chat(found, visit)
         if "prompt" in found:
-            return await self.completion({"model": self._model.name, **found}, visit)
+            return await self.unnamed_completion(found, visit)
         body = read_body(PredictBody, found)
         check_model(body.model or self._model.name, self._model)
         as_file = visit.http.headers.get("accept", "*/*").split(",")[0].split(";")[0].strip() not in _JSON_ACCEPTS
         shape = PlainText() if as_file else Predict(as_repr=self._service.settings.fedml_compat == "repr")
         if not body.text.strip():
-            return self._empty(shape, as_file)
+            return self._empty(shape, as_file, streamed=bool(body.stream))
         request = await asking.of_predict(body, self._model, self._limits)
         if body.stream and not as_file:
             return await self._service.stream(visit, [request], shape)
@@ -194,7 +210,10 @@ class _Doors:
         return await self._service.stream(visit, requests, shape, include_usage=include_usage)
 
     @staticmethod
-    def _empty(shape: Predict, as_file: bool) -> Response:
+    def _empty(shape: Predict, as_file: bool, *, streamed: bool) -> Response:
+        if streamed and not as_file:
+            told = shape.piece(Piece(0, EMPTY_INPUT)) + shape.closing(None)
+            return Response(told, media_type="text/event-stream")
         answers = [Answer(EMPTY_INPUT)]
         media_type = "text/plain; charset=utf-8" if as_file else "application/json"
         return Response(shape.whole(answers, usage(answers)), media_type=media_type)
