@@ -106,6 +106,13 @@ def test_a_wrong_value_is_refused_with_the_fields_name(field: str, value: Any) -
     assert str(error.param).split(".")[0] == field
 
 
+def test_more_log_probabilities_than_the_engine_tells_are_refused_with_the_reason() -> None:
+    assert "of the token that was taken" in refusal(logprobs=True, top_logprobs=2).message
+    with pytest.raises(ApiError, match="of the token that was taken") as caught:
+        read_body(CompletionBody, {"model": "m", "prompt": "x", "logprobs": 5})
+    assert caught.value.param == "logprobs"
+
+
 def test_all_that_is_wrong_is_told_at_once() -> None:
     error = refusal(temperature=9, n=-1, colour="red")
     assert all(name in error.message for name in ("temperature", "n:", "colour"))

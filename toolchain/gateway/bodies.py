@@ -41,6 +41,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": NONE,
 }
 """Fields of OpenAI's that we do not support -> the values with which they ask for nothing."""
+_REASONS = dict.fromkeys(
+    ("top_logprobs", "logprobs"), "the engine tells the log probability of the token that was taken, not of others"
+)
+"""Why a number is not taken that OpenAI takes."""
 
 
 class Body(BaseModel):
@@ -228,7 +232,8 @@ def _first_of(error: ValidationError) -> ApiError:
         place = [str(part) for part in one["loc"] if not _is_branch(part)]
         name = ".".join(place)
         unknown = one["type"] == "extra_forbidden"
-        told.setdefault(name, "unrecognized field" if unknown else one["msg"])
+        reason = f": {_REASONS[name]}" if one["type"] == "less_than_equal" and name in _REASONS else ""
+        told.setdefault(name, "unrecognized field" if unknown else one["msg"] + reason)
     code = "missing_required_parameter" if error.errors()[0]["type"] == "missing" else None
     message = "; ".join(f"{name}: {why}" for name, why in list(told.items())[:10])
     return invalid(message, next(iter(told)), code)
