@@ -14,7 +14,7 @@ import ssl
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -452,8 +452,11 @@ def test_serve_with_a_gateway_opens_both_and_ends_both(
     reference: Reference,
     tmp_path: Path,
 ) -> None:
+    """The recipe's address is the gateway's (another one of this machine here): Triton is not reached there."""
     http_port, grpc_port, metrics_port, port, predict_port = unused_ports(5)
-    flags = {"--repository": repository, "--http-port": http_port, "--grpc-port": grpc_port,
+    recipe, host = tmp_path / "open.yaml", "127.0.0.2"
+    recipe.write_text(f"model: {repository}\ndevice: cpu\nserve: {{host: {host}}}\n")
+    flags = {"--recipe": recipe, "--repository": repository, "--http-port": http_port, "--grpc-port": grpc_port,
              "--metrics-port": metrics_port, "--gateway-port": port, "--predict-port": predict_port,
              "--work": tmp_path, "--server": "bundled"}  # fmt: skip
     argv = [str(SCALELLM), "serve", "--gateway", *(str(word) for pair in flags.items() for word in pair)]
@@ -463,13 +466,17 @@ def test_serve_with_a_gateway_opens_both_and_ends_both(
         lines = iter(process.stdout.readline, "")
         seen: list[str] = []
         assert any(seen.append(line) or "open for the model parrot" in line for line in lines), seen  # type: ignore[func-returns-value]
-        until(lambda: status(f"http://127.0.0.1:{port}/ready") == 200)
+        until(lambda: status(f"http://{host}:{port}/ready") == 200)
+        for own in (http_port, grpc_port, metrics_port):
+            socket.create_connection(("127.0.0.1", own), timeout=5).close()
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection((host, own), timeout=5)
         body = json.dumps({"text": CAPITAL}).encode()
-        _code, _headers, answer = post(f"http://127.0.0.1:{predict_port}/predict", body)
+        _code, _headers, answer = post(f"http://{host}:{predict_port}/predict", body)
         assert json.loads(answer)["generated_text"] == reference.text(CAPITAL, 60)
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as metrics:
+        with urllib.request.urlopen(f"http://{host}:{port}/metrics") as metrics:
             assert b"nv_inference_count" in metrics.read()
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/status") as state:
+        with urllib.request.urlopen(f"http://{host}:{port}/status") as state:
             told = json.load(state)
         assert told["replicas"][0]["kv_blocks"]["total"] > 0
         assert (told["engine"]["recipe"], told["engine"]["verdict"]) == ("parrot", "not verified")
@@ -479,3 +486,16 @@ def test_serve_with_a_gateway_opens_both_and_ends_both(
     finally:
         process.kill()
         process.wait()
+
+
+def test_serve_with_a_gateway_for_others_needs_a_key_before_anything_starts(
+    scalellm: Callable[..., subprocess.CompletedProcess[str]], repository: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "open.yaml"
+    recipe.write_text(f"model: {repository}\ndevice: cpu\nserve: {{host: 0.0.0.0}}\n")
+    done = scalellm("serve", "--gateway", "--recipe", recipe, "--repository", repository, "--work", tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "0.0.0.0 can be reached from other machines, and there is no API key" in done.stderr
+    assert "ready" not in done.stdout
+    assert "--insecure-open" in done.stderr
+    assert "--insecure-open" in scalellm("serve", "--help").stdout

@@ -32,7 +32,16 @@ def keys_flag(function: Function) -> Function:
 
 
 def ports_flags(function: Function) -> Function:
-    """Where a gateway listens; the same for ``gateway`` and ``serve``."""
+    """Where a gateway listens and whom it lets in; the same for ``gateway`` and ``serve``."""
+    function = click.option(
+        "--insecure-open", is_flag=True, help="Let other machines at the gateway without any API key."
+    )(function)
+    function = click.option("--tls-key", type=PATH, metavar="FILE", help="The certificate's private key, PEM.")(
+        function
+    )
+    function = click.option(
+        "--tls-cert", type=PATH, metavar="FILE", help="Certificate with its chain, PEM: the gateway serves HTTPS."
+    )(function)
     function = click.option("--no-page", is_flag=True, help="No page at /: only the API.")(function)
     function = click.option("--no-predict", is_flag=True, help="No /predict: only OpenAI's API.")(function)
     function = click.option(
@@ -60,9 +69,6 @@ def ports_flags(function: Function) -> Function:
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Bind to this address.")
 @click.option("--port", type=PORT, default=8080, show_default=True, help="OpenAI's API.")
 @ports_flags
-@click.option("--tls-cert", type=PATH, metavar="FILE", help="Certificate with its chain, PEM: serve HTTPS.")
-@click.option("--tls-key", type=PATH, metavar="FILE", help="The certificate's private key, PEM.")
-@click.option("--insecure-open", is_flag=True, help="Let other machines in without any API key.")
 @click.option("--max-body", callback=size, default="4MiB", show_default=True, metavar="SIZE", help="Of one request.")
 @click.option(
     "--max-running", type=click.IntRange(0), default=0, help="At the engines at once. [default: what they take]"
