@@ -75,7 +75,14 @@ def serving(engine: Engine, work: Path, **parameters: str) -> Iterator[Served]:
         supervisor.kill()
 
 
-def make_engine(model: Path, target: Path, *, guided: bool = False, adapters: Sequence[Adapter] = ()) -> Engine:
+def make_engine(
+    model: Path,
+    target: Path,
+    *,
+    guided: bool = False,
+    adapters: Sequence[Adapter] = (),
+    limits: Limits = LIMITS,
+) -> Engine:
     """The OpenVINO engine of a small model, computed in fp32 so that greedy tokens can be compared."""
     checkpoint = Checkpoint.open(model)
     config = checkpoint.config
@@ -98,7 +105,7 @@ def make_engine(model: Path, target: Path, *, guided: bool = False, adapters: Se
             weights="none",
             group_size=None,
             kv="fp32",
-            limits=LIMITS,
+            limits=limits,
             device="cpu",
             sm=None,
             runtime=runtime,

@@ -6,7 +6,6 @@ one application for both, where they have the same port.
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 from typing import Any
 
@@ -99,12 +98,9 @@ def _add_state(app: FastAPI, service: Service) -> None:
             service.doorkeeper.admit(http.headers.get("authorization"))
         except ApiError as error:
             return error_response(error)
-        tritons = service.pool.tritons
-        texts = await asyncio.gather(*(triton.metrics() for triton in tritons))
-        urls = [triton.upstream.http_url for triton in tritons]
-        drafts = {triton.upstream.http_url: drafts_of(triton.upstream.status_file) for triton in tritons if triton.up}
-        text = service.metrics.text(dict(zip(urls, texts, strict=True)), drafts)
-        return Response(text, media_type=CONTENT_TYPE)
+        up = [triton.upstream for triton in service.pool.tritons if triton.up]
+        drafts = {upstream.http_url: drafts_of(upstream.status_file) for upstream in up}
+        return Response(service.metrics.text(await service.pool.metrics(), drafts), media_type=CONTENT_TYPE)
 
 
 def _add_status(app: FastAPI, service: Service) -> None:
@@ -123,8 +119,9 @@ def _add_ready(app: FastAPI, service: Service) -> None:
     @app.get("/ready", responses={503: {"description": "No Triton behind this gateway generates."}})
     async def ready() -> Response:
         if service.pool.ready:
-            return JSONResponse({"status": "ready"})
-        why = {triton.upstream.http_url: triton.why_down for triton in service.pool.tritons}
+            up = [name for name, reason in service.pool.states.items() if not reason]
+            return JSONResponse({"status": "ready", "engines": up})
+        why = {name: reason for name, reason in service.pool.states.items() if reason}
         return JSONResponse({"status": "not ready", "why": why}, 503)
 
 

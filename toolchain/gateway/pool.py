@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import aiohttp
+
 from toolchain.gateway.failures import BusyError, SilentError, UpstreamError, invalid, too_many, unavailable
 from toolchain.gateway.settings import Timeouts
 from toolchain.gateway.triton import Flow, Triton
@@ -27,18 +29,20 @@ _ASK_AGAIN_S = 0.1
 
 
 class Pool:
-    """Use as ``async with``: a task looks after each Triton for as long."""
+    """Use as ``async with``: a task looks after each Triton for as long. ``session`` is theirs, closed at the end."""
 
     def __init__(
         self,
         tritons: list[Triton],
         timeouts: Timeouts,
+        session: aiohttp.ClientSession,
         *,
         queue_s: float = 0.0,
-        on_retry: Callable[[Triton, str], None] = lambda *_: None,
+        on_retry: Callable[[str, str], None] = lambda *_: None,
     ) -> None:
         self.tritons = tritons
         self._timeouts = timeouts
+        self._session = session
         self._queue_s = queue_s
         self._on_retry = on_retry
         self._changed = asyncio.Condition()
@@ -54,6 +58,7 @@ class Pool:
         for task in self._tasks:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+        await self._session.close()
 
     @property
     def ready(self) -> bool:
@@ -65,6 +70,16 @@ class Pool:
         """How many requests they take at once, as far as they have said so."""
         known = [triton.abilities.requests for triton in self.tritons if triton.abilities is not None]
         return sum(known) or 64
+
+    @property
+    def states(self) -> dict[str, str]:
+        """Each Triton's URL -> why it is down, or nothing."""
+        return {triton.upstream.http_url: "" if triton.up else triton.why_down for triton in self.tritons}
+
+    async def metrics(self) -> dict[str, str]:
+        """Each Triton's Prometheus text, by its URL."""
+        texts = await asyncio.gather(*(triton.metrics() for triton in self.tritons))
+        return {triton.upstream.http_url: text for triton, text in zip(self.tritons, texts, strict=True)}
 
     async def start(self, inputs: Mapping[str, Any]) -> Flow:
         """The answer of the first Triton that begins one; while all are full it waits, ``queue_s`` at most. Raises
@@ -91,7 +106,7 @@ class Pool:
                 triton.note(error)
                 if isinstance(error, SilentError):  # whoever waited so long shall not wait again
                     raise unavailable(f"the engine's server is overloaded or hangs: {error}") from None
-                self._on_retry(triton, str(error))
+                self._on_retry(triton.upstream.http_url, str(error))
                 lost.append(str(error))
                 if len(lost) >= _ATTEMPTS:
                     raise unavailable(f"the engine's server failed {len(lost)} times: {lost[-1]}") from None

@@ -22,7 +22,7 @@ from toolchain.gateway import keys
 from toolchain.gateway.app import openai_app, predict_app, shared_app
 from toolchain.gateway.logs import Log, libraries_into
 from toolchain.gateway.protocol import Patient
-from toolchain.gateway.service import Service
+from toolchain.gateway.service import MakeEngines, Service
 from toolchain.gateway.settings import Settings
 
 _DRAIN_S = 30
@@ -75,21 +75,30 @@ def check(settings: Settings, listen: Listen) -> None:
     )
 
 
-def serve(settings: Settings, listen: Listen, *, on_ready: Callable[[Listen], None], log: Log | None = None) -> None:
+def serve(
+    settings: Settings,
+    listen: Listen,
+    *,
+    on_ready: Callable[[Listen], None],
+    log: Log | None = None,
+    engines: MakeEngines | None = None,
+) -> None:
     """Serves until SIGINT or SIGTERM, then lets requests in flight finish; a second signal ends that.
 
     ``on_ready`` is called when the ports are open, which says nothing of the Tritons. Raises ScalellmError.
     """
     check(settings, listen)
     with _bound(listen) as sockets:
-        asyncio.run(_Gateway(settings, listen, log or Log()).run(sockets, on_ready, signals=True))
+        asyncio.run(_Gateway(settings, listen, log or Log(), engines).run(sockets, on_ready, signals=True))
 
 
 @contextmanager
-def background(settings: Settings, listen: Listen, *, log: Log | None = None) -> Iterator[Listen]:
+def background(
+    settings: Settings, listen: Listen, *, log: Log | None = None, engines: MakeEngines | None = None
+) -> Iterator[Listen]:
     """Serves in a thread for the length of a ``with`` block. Raises ScalellmError."""
     check(settings, listen)
-    gateway, ready = _Gateway(settings, listen, log or Log()), threading.Event()
+    gateway, ready = _Gateway(settings, listen, log or Log(), engines), threading.Event()
     failures: list[BaseException] = []
 
     def work(sockets: list[socket.socket]) -> None:
@@ -123,8 +132,8 @@ def _apps(service: Service, listen: Listen) -> list[FastAPI]:
 class _Gateway:
     """The two applications on their sockets."""
 
-    def __init__(self, settings: Settings, listen: Listen, log: Log) -> None:
-        self._settings, self._listen, self._log = settings, listen, log
+    def __init__(self, settings: Settings, listen: Listen, log: Log, engines: MakeEngines | None) -> None:
+        self._settings, self._listen, self._log, self._engines = settings, listen, log, engines
         self._servers: list[uvicorn.Server] = []
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -134,7 +143,7 @@ class _Gateway:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._loop.add_signal_handler(number, self._stop)
         with libraries_into(self._log):
-            async with Service(self._settings, self._log) as service:
+            async with Service(self._settings, self._log, self._engines) as service:
                 apps = _apps(service, self._listen)
                 self._servers = [_Server(self._config(app)) for app in apps]
                 tasks = [

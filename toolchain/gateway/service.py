@@ -18,6 +18,7 @@ from toolchain.gateway.answers import Piece, Shape, read_event
 from toolchain.gateway.asking import Request
 from toolchain.gateway.bodies import parse_json
 from toolchain.gateway.connection import EventStream, GoneError, read_bytes, unless_gone
+from toolchain.gateway.engines import AnswerFlow, Engines
 from toolchain.gateway.failures import ApiError, BusyError, UpstreamError, broken, unavailable
 from toolchain.gateway.keys import Doorkeeper
 from toolchain.gateway.logs import Log
@@ -26,11 +27,14 @@ from toolchain.gateway.pool import Pool
 from toolchain.gateway.recent import Recent
 from toolchain.gateway.settings import Settings
 from toolchain.gateway.stops import Cut
-from toolchain.gateway.triton import Flow, Triton, make_session
+from toolchain.gateway.triton import Triton, make_session
 from toolchain.gateway.visit import Visit
 
 _WHOLE_ATTEMPTS = 3
 """For an answer that is given as a whole: the client has seen nothing of one that was lost."""
+
+MakeEngines = Callable[[Settings, Callable[[str, str], None]], Engines]
+"""Settings and what is called with (name, why) when a request is asked again -> what is behind a gateway."""
 
 Work = Callable[[dict[str, Any], Visit], Awaitable[Response]]
 
@@ -38,8 +42,10 @@ Work = Callable[[dict[str, Any], Visit], Awaitable[Response]]
 class Service:
     """Everything behind the doors. ``async with``: from its start to its end."""
 
-    def __init__(self, settings: Settings, log: Log | None = None) -> None:
+    def __init__(self, settings: Settings, log: Log | None = None, engines: MakeEngines | None = None) -> None:
+        """``engines``: what is behind it, where that is not the Tritons of the settings."""
         self.settings = settings
+        self._make_engines = engines or self._tritons
         self.log = log or Log()
         self.metrics, self.recent = Metrics(), Recent()
         self.doorkeeper = Doorkeeper(settings.keys)
@@ -47,24 +53,24 @@ class Service:
         self.admission = Admission(lambda: limits.max_running or self.pool.room, limits.max_queue, limits.queue_s)
         self.metrics.running.set_function(lambda: self.admission.running)
         self.metrics.waiting.set_function(lambda: self.admission.waiting)
-        self.pool: Pool
+        self.pool: Engines
 
     async def __aenter__(self) -> Service:
-        settings = self.settings
-        self._session = make_session(settings.timeouts)
-        tritons = [
-            Triton(upstream, settings.model.triton_model, self._session, settings.timeouts)
-            for upstream in settings.upstreams
-        ]
-        self.pool = Pool(tritons, settings.timeouts, queue_s=settings.limits.queue_s, on_retry=self._note_retry)
-        for triton in tritons:
-            self.metrics.up.labels(triton.upstream.http_url).set_function(functools.partial(_is_up, triton))
+        self.pool = self._make_engines(self.settings, self._note_retry)
         await self.pool.__aenter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.pool.__aexit__()
-        await self._session.close()
+
+    def _tritons(self, settings: Settings, on_retry: Callable[[str, str], None]) -> Engines:
+        session = make_session(settings.timeouts)
+        tritons = [
+            Triton(upstream, settings.model.triton_model, session, settings.timeouts) for upstream in settings.upstreams
+        ]
+        for triton in tritons:
+            self.metrics.up.labels(triton.upstream.http_url).set_function(functools.partial(_is_up, triton))
+        return Pool(tritons, settings.timeouts, session, queue_s=settings.limits.queue_s, on_retry=on_retry)
 
     async def visit(self, http: HttpRequest, route: str, work: Work) -> Response:
         """A request with a body -> its answer. Every failure becomes one of OpenAI's error objects."""
@@ -179,7 +185,7 @@ class Service:
         for failure in begun:
             if isinstance(failure, BaseException):
                 raise failure
-        flows = [flow for flow in begun if isinstance(flow, Flow)]
+        flows = [flow for flow in begun if not isinstance(flow, BaseException)]
         first = 0
         sources = []
         for flow, request in zip(flows, requests, strict=True):
@@ -189,12 +195,12 @@ class Service:
             yield piece
 
     @staticmethod
-    async def _begin(visit: Visit, start: Awaitable[Flow]) -> Flow:
+    async def _begin(visit: Visit, start: Awaitable[AnswerFlow]) -> AnswerFlow:
         flow = await start
         visit.flows.append(flow)
         return flow
 
-    async def _follow(self, flow: Flow, request: Request, first_index: int) -> AsyncGenerator[Piece, None]:
+    async def _follow(self, flow: AnswerFlow, request: Request, first_index: int) -> AsyncGenerator[Piece, None]:
         """One flow's pieces; closed when all its answers have ended. Raises UpstreamError where one has no end."""
         tells = "finish_reason" in flow.outputs
         open_answers = {first_index + index: Cut(request.stops) for index in range(request.answers)}
@@ -214,16 +220,16 @@ class Service:
             if open_answers and tells:
                 raise UpstreamError("the answer ended early")
         except UpstreamError as error:
-            flow.triton.note(error)
+            flow.failed(error)
             raise
         for index, cut in open_answers.items():  # a repository from before there was a finish_reason
             full = tokens[index] >= request.inputs["max_tokens"]
             yield cut.push(Piece(index, "", finish="length" if full else "stop"))
         flow.close()
 
-    def _note_retry(self, triton: Triton, why: str) -> None:
+    def _note_retry(self, name: str, why: str) -> None:
         self.metrics.retries.inc()
-        self.log.write("triton lost", triton=triton.upstream.http_url, why=why)
+        self.log.write("triton lost", triton=name, why=why)
 
 
 async def merged(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncIterator[Piece]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
+import sys
 from types import ModuleType
 
 from toolchain import workspace
@@ -17,3 +20,20 @@ def load_shared(file: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@functools.cache
+def load_together(folders: tuple[str, ...], names: tuple[str, ...]) -> dict[str, ModuleType]:
+    """Modules that import each other by their bare names, as they do inside Triton, where their folders are one. Those
+    names mean nothing to the rest of this process afterwards.
+    """
+    places = [str(workspace.shipped("model_repo_templates") / folder) for folder in folders]
+    before = set(sys.modules)
+    sys.path[:0] = places
+    try:
+        return {name: importlib.import_module(name) for name in names}
+    finally:
+        del sys.path[: len(places)]
+        for name in set(sys.modules) - before:
+            if str(getattr(sys.modules[name], "__file__", "")).startswith(tuple(places)):
+                del sys.modules[name]

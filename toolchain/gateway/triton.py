@@ -62,6 +62,10 @@ class Flow:
         while (event := await self._events.next(self.triton.timeouts.between_tokens_s)) is not None:
             yield event
 
+    def failed(self, error: Exception) -> None:
+        """The answer was cut: its Triton may be down."""
+        self.triton.note(error)
+
     def close(self) -> None:
         if self._open:
             self._open = False
@@ -108,6 +112,7 @@ class Triton:
     restarts: int = 0
     """How often it came back after it had failed."""
     last_good_s: float = field(default=float("-inf"))
+    probe_inputs: Mapping[str, Any] = field(default_factory=lambda: _PROBE)
 
     async def open(self, inputs: Mapping[str, Any]) -> Flow:
         """Send a request and wait for its first event. Raises ApiError, BusyError or UpstreamError."""
@@ -131,7 +136,7 @@ class Triton:
         try:
             if self.abilities is None:
                 self.abilities = Abilities.of(await self._get_json(f"/v2/models/{self.model}/config"))
-            response = await self._post("generate", _PROBE, _PROBE_S)
+            response = await self._post("generate", self.probe_inputs, _PROBE_S)
             response.close()
         except BusyError:
             pass

@@ -11,12 +11,12 @@ from starlette.requests import Request as HttpRequest
 
 from toolchain.gateway.admission import Admission
 from toolchain.gateway.answers import Answer, Piece, usage
+from toolchain.gateway.engines import AnswerFlow
 from toolchain.gateway.keys import Doorkeeper, Key
 from toolchain.gateway.logs import Log, request_id
 from toolchain.gateway.metrics import Metrics
 from toolchain.gateway.recent import Recent
 from toolchain.gateway.settings import Settings
-from toolchain.gateway.triton import Flow
 
 
 class Behind(Protocol):
@@ -39,7 +39,7 @@ class Visit:
         self.begun_s = time.perf_counter()
         self.deadline = asyncio.get_running_loop().time() + service.settings.timeouts.request_s
         self.key: Key | None = None
-        self.flows: list[Flow] = []
+        self.flows: list[AnswerFlow] = []
         self.answers: dict[int, Answer] = {}
         self.prompts = 1
         self.facts: dict[str, Any] = {}

@@ -1,0 +1,137 @@
+"""An endpoint of real Tritons and workers with a gateway in front of it. For the tests of the fleet."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+
+from tests.conftest import ROOT, unused_ports
+from tests.gateway.behind_gateway import Gateway, settings_for
+from toolchain import runner
+from toolchain.fleet.front import engines
+from toolchain.fleet.membership import TOKENIZER, checked_passport, write_card
+from toolchain.fleet.plane import Plane
+from toolchain.fleet.texts import Parameters, Texts
+from toolchain.fleet.worker import Spec
+from toolchain.gateway.logs import Log
+from toolchain.gateway.run import Listen, background
+from toolchain.repository import Repository
+from toolchain.servers.triton.locate import find_server
+from toolchain.servers.triton.ports import free_ports
+from toolchain.servers.triton.supervisor import Supervisor
+
+ENDPOINT = "parrot"
+
+
+class Replica:
+    """A Triton without a supervisor at work, and its worker."""
+
+    def __init__(self, repository: Path, work: Path, discovery: Path) -> None:
+        work.mkdir()
+        self.work, self._ports = work, free_ports()
+        self._repository = repository
+        self.triton = self._supervisor()
+        url = f"http://127.0.0.1:{self._ports.http}"
+        card, state = str(discovery.parent / "card"), str(work / "state.json")
+        self.spec = Spec(ENDPOINT, str(discovery), url, str(repository), card, 5.0, state=state)
+        self.worker: runner.Process | None = None
+
+    def _supervisor(self) -> Supervisor:
+        server = find_server("bundled", environ=os.environ)
+        return Supervisor(server, self._repository, self._ports, log=self.work / "triton.log", exit_timeout_s=3)
+
+    def start(self) -> None:
+        self.triton.start()
+        self.start_worker()
+
+    def restart_triton(self) -> None:
+        self.triton.kill()
+        self.triton = self._supervisor()
+        self.triton.start()
+
+    def start_worker(self) -> None:
+        self.spec.write(self.work / "spec.json")
+        argv = [sys.executable, "-m", "toolchain.fleet.worker", str(self.work / "spec.json")]
+        self.worker = runner.start(argv, log=self.work / "worker.log", cwd=ROOT)
+
+    @property
+    def state(self) -> str:
+        file = Path(self.spec.state)
+        return json.loads(file.read_text())["state"] if file.exists() else ""
+
+    def stub(self) -> int:
+        """The process of the engine's Triton model."""
+        children = psutil.Process(self.triton.pid).children(recursive=True)
+        return next(one.pid for one in children if "/tensorrt_llm/1/model.py" in " ".join(one.cmdline()))
+
+    def kill(self) -> None:
+        if self.worker is not None:
+            self.worker.kill()
+        self.triton.kill()
+
+
+class Endpoint:
+    """Two replicas and a gateway."""
+
+    def __init__(self, replicas: list[Replica], gateway: Gateway) -> None:
+        self.replicas, self.gateway = replicas, gateway
+
+    def seen(self) -> list[str]:
+        """The workers that take requests, as the gateway sees them."""
+        try:
+            with urllib.request.urlopen(f"{self.gateway.root}/ready") as answer:
+                return list(json.load(answer)["engines"])
+        except urllib.error.HTTPError:
+            return []
+
+    def workers(self) -> int:
+        """How many take requests, as the gateway sees it."""
+        return len([one for one in self.replicas if one.state == "ready"])
+
+
+@contextmanager
+def endpoint(repository: Path, tokenizer: Path, work: Path, count: int = 2) -> Iterator[Endpoint]:
+    plane = Plane(work / "discovery", ENDPOINT)
+    plane.folder.mkdir()
+    write_card(repository, checked_passport(repository, ""), work / "card")
+    with ExitStack() as stack:
+        replicas = [Replica(repository, work / f"r{number}", plane.folder) for number in range(count)]
+        for replica in replicas:
+            stack.callback(replica.kill)
+            replica.start()
+        texts = Texts(repository / TOKENIZER, Parameters.of(Repository.open(repository).parameters))
+        port, predict_port = unused_ports(2)
+        settings = settings_for(tokenizer)
+        settings = replace(settings, timeouts=replace(settings.timeouts, patience_s=30))
+        stream = io.StringIO()
+        listen = Listen(port=port, predict_port=predict_port)
+        bound = stack.enter_context(background(settings, listen, log=Log(stream), engines=engines(plane, texts, 200)))
+        found = Endpoint(replicas, Gateway(bound, settings, stream))
+        until(lambda: found.workers() == count, 60)
+        until(lambda: len(found.seen()) == count, 60)
+        yield found
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    """Returns when it holds; AssertionError after the time is up."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def signal_worker(replica: Replica, number: signal.Signals) -> None:
+    assert replica.worker is not None
+    os.kill(replica.worker.pid, number)
