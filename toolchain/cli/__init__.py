@@ -14,6 +14,7 @@ import click
 from toolchain import __version__
 from toolchain.cli import (
     choosing,
+    deploying,
     doors,
     finding,
     making,
@@ -43,7 +44,7 @@ def verbs() -> None:
 
 for _verb in (
     *(choosing.init, choosing.plan, making.commands, making.quantize, making.convert, making.build, making.package),
-    *(serving.serve, serving.infer, doors.gateway, doors.conformance, model.model),
+    *(serving.serve, serving.infer, doors.gateway, deploying.deploy, doors.conformance, model.model),
     *(verifying.verify, measuring.bench, money.score),
     *(finding.recipes, finding.inspect, finding.import_, finding.doctor, finding.completion),
 ):

@@ -102,14 +102,14 @@ def gateway(context: click.Context, /, json_output: bool, verbose: int, **flags:
     screen = open_screen(json_output, verbose)
     stage.require_libraries()
     model, upstreams = _behind(**flags)
-    settings = _settings(model, upstreams, **flags)
+    settings = settings_of(model, upstreams, **flags)
 
     def on_ready(listen: Listen) -> None:
         urls = {**listen.urls, **_page(listen, settings)}
         screen.emit({**{door.strip("/").lower(): url for door, url in urls.items()}, "model": model.name})
-        _announce(screen, listen, settings)
+        announce(screen, listen, settings)
 
-    stage.gateway(settings, _listen(**flags), on_ready=on_ready)
+    stage.gateway(settings, listen_of(**flags), on_ready=on_ready)
 
 
 @gateway.group()
@@ -279,7 +279,7 @@ class Front:
     def open(self, screen: Screen) -> Iterator[None]:
         """For the length of a ``with`` block; says where."""
         with self.opened():
-            _announce(screen, self.listen, self.settings)
+            announce(screen, self.listen, self.settings)
             yield
 
     @contextmanager
@@ -298,8 +298,8 @@ def front(repository: Path, ports: Ports, **flags: Any) -> Front:
     from toolchain.stages import gateway as stage
 
     stage.require_libraries()
-    settings = _settings(stage.model_of_repository(repository), _local(repository, ports), **flags)
-    listen = _listen(**flags)
+    settings = settings_of(stage.model_of_repository(repository), _local(repository, ports), **flags)
+    listen = listen_of(**flags)
     check(settings, listen)
     return Front(settings, listen, repository.resolve().parent / "gateway.log")
 
@@ -359,7 +359,7 @@ def _behind(
     return model, tuple(Upstream(url.rstrip("/"), one) for url, one in zip(tritons, padded, strict=True))
 
 
-def _settings(
+def settings_of(
     model: Model,
     upstreams: tuple[Upstream, ...],
     *,
@@ -388,7 +388,7 @@ def _settings(
     )
 
 
-def _listen(
+def listen_of(
     *,
     host: str,
     port: int,
@@ -404,7 +404,7 @@ def _listen(
     return Listen(host, port, None if no_predict else predict_port, tls_cert, tls_key, insecure_open)
 
 
-def _announce(screen: Screen, listen: Listen, settings: Settings) -> None:
+def announce(screen: Screen, listen: Listen, settings: Settings) -> None:
     name = settings.model.name
     screen.say(f"The gateway is open for the model {name}.")
     for door, url in {**listen.urls, **_page(listen, settings)}.items():

@@ -25,6 +25,8 @@ _ATTEMPTS = 3
 _LONG_TEXT = 8192
 """Characters from which a prompt is tokenized beside the event loop."""
 _POLL_S = 0.1
+_END_S = 1.0
+"""For Dynamo to end, after nothing runs any more."""
 _ASK_AGAIN_S = 0.1
 
 
@@ -80,7 +82,7 @@ class Fleet:
         self._runtime.shutdown()
         if self._task is not None:
             with contextlib.suppress(Exception, asyncio.CancelledError):
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(_END_S):
                     await self._task
 
     @property
@@ -156,10 +158,14 @@ class Fleet:
         """The events of one answer; asked again where Dynamo has given it up, with the tokens so far."""
         loop = asyncio.get_running_loop()
         full_until, lost = loop.time() + self._queue_s, 0
+        nobody_until = loop.time() + self._timeouts.patience_s
+        told = False
         while True:
+            taken = False
             rest = replace(ask, ids=(*ask.ids, *answer.ids), max_tokens=ask.max_tokens - len(answer.ids))
             try:
                 async for item in self.items(rest):
+                    taken = True
                     if item.get("token_ids"):
                         yield answer.push(item["token_ids"], item.get("log_probs"))
                     if item.get("finish_reason"):
@@ -167,9 +173,13 @@ class Fleet:
                         return
                 raise UpstreamError("the answer ended early")
             except UpstreamError as error:
-                lost += 1
-                self._on_retry(self._plane.endpoint, str(error))
-                if lost >= _ATTEMPTS or (answer.ids and not ask.can_continue):
+                lost += taken  # a worker that has just died may be known for some seconds, and nobody takes the request
+                nobody_until = loop.time() + self._timeouts.patience_s if taken else nobody_until
+                if taken or not told:
+                    self._on_retry(self._plane.endpoint, str(error))
+                told = not taken
+                given_up = lost >= _ATTEMPTS or loop.time() > nobody_until
+                if given_up or (answer.ids and not ask.can_continue):
                     raise _lost(error, answer, lost) from None
             except ApiError as error:
                 if error.status != 429 or loop.time() > full_until:

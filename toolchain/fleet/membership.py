@@ -26,6 +26,8 @@ _START_S = 120.0
 """Until the Triton, which has generated a token when the worker is started, does so for the worker."""
 _LOOK_S = 0.3
 _POLL_S = 0.05
+_END_S = 1.0
+"""For Dynamo to end, after nothing runs any more."""
 
 
 def checked_passport(repository: Path, fingerprint: str) -> Passport:
@@ -119,7 +121,7 @@ async def _offer(spec: Spec, adapter: Adapter, passport: Passport, asked: asynci
     looking.cancel()
     runtime.shutdown()
     with contextlib.suppress(Exception):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(_END_S):
             await serving
 
 

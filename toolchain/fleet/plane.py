@@ -18,6 +18,8 @@ STREAM_TIMEOUT_S = 2
 live. Whole seconds, as Dynamo takes them.
 """
 HEARTBEAT_S = 0.5
+_LOG = "error"
+"""Dynamo tells each request on standard error all the same: who has a terminal there sends it elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Plane:
         """What Dynamo reads when a runtime begins. Everything is bound to this machine."""
         return {
             "DYN_FILE_KV": str(self.folder),
-            "DYN_LOG": os.environ.get("DYN_LOG", "error"),
+            "DYN_LOG": os.environ.get("DYN_LOG", _LOG),
             "DYN_LOGGING_JSONL": "0",
             "DYN_TCP_RPC_HOST": "127.0.0.1",
             "DYN_TCP_RESPONSE_STREAM_HOST": "127.0.0.1",
@@ -57,6 +59,7 @@ class Plane:
 
 def require() -> None:
     """Raises ToolError where Dynamo is not installed."""
+    os.environ.setdefault("DYN_LOG", _LOG)  # read at its import
     try:
         import dynamo.llm
         import dynamo.runtime  # noqa: F401

@@ -21,6 +21,7 @@ from toolchain.repository import Repository
 
 if TYPE_CHECKING:
     from toolchain.gateway.run import Listen
+    from toolchain.gateway.service import MakeEngines
     from toolchain.gateway.settings import EngineFacts, Model, Settings
 
 TRITON_MODEL = "tensorrt_llm_bls"
@@ -115,10 +116,17 @@ def gateway(settings: Settings, listen: Listen, *, on_ready: Callable[[Listen], 
 
 
 @contextmanager
-def background(settings: Settings, listen: Listen, *, log: Path) -> Iterator[Listen]:
-    """Serves in a thread for the length of a ``with`` block; log lines are appended to ``log``."""
+def background(
+    settings: Settings, listen: Listen, *, log: Path, engines: MakeEngines | None = None
+) -> Iterator[Listen]:
+    """Serves in a thread for the length of a ``with`` block; log lines are appended to ``log``. ``engines``:
+    what is behind it, where that is not the Tritons of the settings.
+    """
     from toolchain.gateway import run
     from toolchain.gateway.logs import Log
 
-    with log.open("a", encoding="utf-8") as stream, run.background(settings, listen, log=Log(stream)) as bound:
+    with (
+        log.open("a", encoding="utf-8") as stream,
+        run.background(settings, listen, log=Log(stream), engines=engines) as bound,
+    ):
         yield bound
