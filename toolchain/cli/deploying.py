@@ -172,12 +172,10 @@ def _conformance(info: ServingInfo) -> None:
     """Raises RejectedError for a server that does not pass the suite."""
     from toolchain.endpoint import Endpoint
     from toolchain.errors import RejectedError
-    from toolchain.stages import conformance
+    from toolchain.measuring.conformance_doors import Kserve
+    from toolchain.stages.conformance import conformance
 
-    asked = [
-        conformance.Kserve(Endpoint(info.http_url, ""), "http"),
-        conformance.Kserve(Endpoint("", info.grpc_url), "grpc"),
-    ]
-    failed = [one for one in conformance.conformance(asked, None) if not one.passed]
+    asked = [Kserve(Endpoint(info.http_url, ""), "http"), Kserve(Endpoint("", info.grpc_url), "grpc")]
+    failed = [one for one in conformance(asked) if not one.passed]
     if failed:
         raise RejectedError(f"{info.http_url}: {failed[0].check}: {failed[0].detail}")
