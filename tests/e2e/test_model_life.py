@@ -80,6 +80,8 @@ def test_predict_answers_curl_as_the_blogs_users_know_it(there: tuple[Verb, dict
 def test_the_openai_client_is_answered_at_the_same_port(there: tuple[Verb, dict[str, Any]]) -> None:
     _, deployed = there
     assert deployed["openai"] == deployed["predict"].replace("/predict", "/v1")
+    with urllib.request.urlopen(deployed["predict"].removesuffix("predict")) as page:
+        assert page.headers["content-type"].startswith("text/html")
     client = openai.OpenAI(base_url=deployed["openai"], api_key="none is asked for")
     assert [one.id for one in client.models.list()] == ["parrot"]
     assert client.completions.create(model="parrot", prompt=PROMPT, temperature=0).choices[0].text == REST

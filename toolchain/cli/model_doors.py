@@ -133,7 +133,8 @@ def _serve(
 def _announce(screen: Screen, card: Card, found: Deployment, unverified: str = "", *, detached: bool = False) -> None:
     screen.emit({"name": card.name, **vars(found), "unverified": unverified})
     screen.say(f"{card.name} is deployed (pid {found.pid}).")
-    for what, text in (("/predict", found.predict), ("OpenAI", found.openai), ("KServe", " ".join(found.triton))):
+    page, kserve = found.openai.removesuffix("v1"), " ".join(found.triton)
+    for what, text in (("/predict", found.predict), ("OpenAI", found.openai), ("page", page), ("KServe", kserve)):
         screen.say(f"  {what:<8} {text}")
     if unverified:
         screen.say(f"NOT VERIFIED: {unverified}")
