@@ -232,6 +232,10 @@ def local(
     identity = membership.identity(passports[0])
     for repository in repositories[1:]:
         membership.checked_passport(repository, identity)
+    limits = passports[0].limits
+    if limits.max_input_len < limits.max_seq_len - 1:
+        most = limits.max_input_len
+        progress.note(f"note: an answer is continued elsewhere up to {most} tokens with its prompt (max_input_len)")
     _prepare(place)
     membership.write_card(repositories[0], passports[0], place.folder / "card")
     texts = Texts(repositories[0] / membership.TOKENIZER, Parameters.of(Repository.open(repositories[0]).parameters))
