@@ -103,7 +103,7 @@ def _cancelled(doors: Sequence[Door], answer: str, beside: Beside) -> Iterator[F
 def _leave(door: Door) -> None:
     """In the middle of a long answer: where it may be, the model is kept from ending it early. Triton 2.51 can crash
     when a gRPC stream is cancelled at the moment at which its answer ends
-    (https://github.com/triton-inference-server/server/pull/7840, in 25.01).
+    (https://github.com/triton-inference-server/server/pull/7840).
     """
     try:
         door.begin(_PROMPT, _LONG_TOKENS, min_tokens=_LONG_TOKENS)
