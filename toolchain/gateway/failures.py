@@ -73,6 +73,10 @@ class SilentError(UpstreamError):
     """Nothing came from it in time: it hangs, or it has much to do."""
 
 
+class UnreachedError(UpstreamError):
+    """No connection to it in time: nothing was asked of it yet."""
+
+
 class BusyError(Exception):
     """This Triton has no room for another request just now."""
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import aiohttp
 
-from toolchain.gateway.failures import ApiError, BusyError, SilentError, UpstreamError, of_triton
+from toolchain.gateway.failures import ApiError, BusyError, SilentError, UnreachedError, UpstreamError, of_triton
 from toolchain.gateway.settings import Timeouts, Upstream
 
 _PROBE = {"text_input": "Hi", "max_tokens": 1, "stream": False}
@@ -150,9 +150,9 @@ class Triton:
 
     def note(self, error: Exception) -> None:
         """Something failed: nothing is sent to it until a probe succeeds. A new server may be another one. That one
-        request waits too long is no failure while others get their tokens.
+        request waits too long, or for its connection, is no failure while others get their tokens.
         """
-        if isinstance(error, SilentError) and time.monotonic() - self.last_good_s < _LIVELY_S:
+        if isinstance(error, SilentError | UnreachedError) and time.monotonic() - self.last_good_s < _LIVELY_S:
             return
         self.up, self.why_down, self.abilities = False, str(error), None
 
@@ -175,6 +175,8 @@ class Triton:
                 if response.status == 200:
                     return response
                 text = (await response.content.read(2**16)).decode(errors="replace")
+        except aiohttp.ConnectionTimeoutError:  # a TimeoutError too
+            raise UnreachedError(f"no connection within {self.timeouts.connect_s:g} s") from None
         except TimeoutError:
             raise SilentError(f"no token within {timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
