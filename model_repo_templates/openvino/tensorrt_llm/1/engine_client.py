@@ -17,6 +17,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+_ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
+"""Of the engine process, where the user's does not say otherwise. oneDNN would keep 1024 kernels that OpenVINO's own
+cache keeps too, or has dropped (``pipeline.KERNELS``). Source:
+https://oneapi-src.github.io/oneDNN/dev_guide_primitive_cache.html (read 2026-11-22)."""
 _STOP_S = 5.0
 """How long the engine process may take to leave by itself."""
 
@@ -41,6 +45,7 @@ class EngineClient:
             [interpreter(), str(script), str(theirs.fileno()), str(engine_folder), str(services)],
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
+            env={**_ENVIRONMENT, **os.environ},
         )
         theirs.close()
         self._connection = Connection(ours.detach())
