@@ -479,6 +479,7 @@ def test_the_door_for_other_backends_gives_the_same_text(engine: Engine, served:
 def test_engine_process_dies_with_its_parent(engine: Engine, root: Path) -> None:
     """Also when the parent is killed and can say nothing: an orphan would keep the weights in memory."""
     templates = root / "model_repo_templates"
+    folders = (templates / "openvino" / "tensorrt_llm" / "1", templates / "common" / "shared")
     parent = (
         "import os, signal, sys; from pathlib import Path; from engine_client import EngineClient\n"
         "client = EngineClient(Path(sys.argv[1]), on_events=print, on_death=print)\n"
@@ -486,7 +487,7 @@ def test_engine_process_dies_with_its_parent(engine: Engine, root: Path) -> None
     )
     found = subprocess.run(
         [sys.executable, "-c", parent, str(engine.path)],
-        env={**os.environ, "PYTHONPATH": str(templates / "openvino" / "tensorrt_llm" / "1")},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))},
         stdout=subprocess.PIPE,
         text=True,
         timeout=60,
