@@ -18,7 +18,8 @@ from tests.e2e.test_triton_models import CAPITAL, JAPAN
 from tests.fleet.endpoint import Endpoint, Replica, signal_worker, until
 from tests.gateway.behind_gateway import gateway, settings_for
 from tests.gateway.test_doors import COUNT, post, until_ready
-from toolchain.stages import conformance
+from toolchain.measuring.conformance_doors import Json
+from toolchain.stages.conformance import Beside, conformance
 
 pytestmark = pytest.mark.timeout(180)
 CLIENTS = 8
@@ -40,10 +41,10 @@ ALIKE: list[dict[str, Any]] = [
 
 def test_every_door_answers_as_a_service_of_one_triton_does(running: Endpoint) -> None:
     url = running.gateway.url
-    doors: list[conformance.Door] = [conformance.Json("OpenAI", f"{url}/completions", "parrot", None)]
-    predict = conformance.Json("/predict", running.gateway.predict_url, "parrot", None)
-    classic = (predict, conformance.Json("chat", f"{url}/chat/completions", "parrot", None))
-    found = list(conformance.conformance([*doors, predict], classic))
+    completion = Json("OpenAI", f"{url}/completions", "parrot", None)
+    predict = Json("/predict", running.gateway.predict_url, "parrot", None)
+    beside = Beside(chat=Json("chat", f"{url}/chat/completions", "parrot", None), predict=predict)
+    found = list(conformance([completion, predict], beside))
     assert found
     assert [one for one in found if not one.passed] == []
 
