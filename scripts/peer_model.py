@@ -17,18 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts import bench_quantize, make_tiny_llama
-
-_NAMES = {  # of a layer, in Hugging Face's folder -> in GGUF (llama.cpp docs, gguf-py constants.py)
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+from toolchain.quantizers.foreign.gguf import gguf_name
 
 
 def make(folder: Path, shape: str) -> None:
@@ -83,7 +72,7 @@ def _write_f16(model: Path, file: Path) -> None:
                 values = tensors.get_tensor(name)
                 if name.endswith(("q_proj.weight", "k_proj.weight")):
                     values = _interleaved(values, heads if ".q_proj" in name else kv_heads)
-                writer.add_tensor(_gguf_name(name), values.astype(np.float32) if values.ndim == 1 else values)
+                writer.add_tensor(gguf_name(name), values.astype(np.float32) if values.ndim == 1 else values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -94,14 +83,6 @@ def _interleaved(values: Any, heads: int) -> Any:
     """Rows of a rotated projection in llama.cpp's order: pairs beside each other instead of in two halves."""
     size = values.shape[0] // heads
     return values.reshape(heads, 2, size // 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
-
-
-def _gguf_name(name: str) -> str:
-    outer = {"model.embed_tokens.weight": "token_embd", "model.norm.weight": "output_norm", "lm_head.weight": "output"}
-    if name in outer:
-        return f"{outer[name]}.weight"
-    _, _, layer, rest = name.split(".", 3)
-    return f"blk.{layer}.{_NAMES[rest.removesuffix('.weight')]}.weight"
 
 
 def _add_tokenizer(writer: Any, model: Path, vocab: int) -> None:
