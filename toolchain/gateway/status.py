@@ -26,6 +26,9 @@ _FRESH_S = 0.5
 _METRICS_S = 1.0
 """A Triton that says nothing of itself within this is shown without its cache."""
 
+_Seen = tuple[Blocks | None, Drafts | None]
+"""What an engine says of itself."""
+
 
 class Replica(BaseModel):
     """One Triton."""
@@ -74,7 +77,7 @@ class Observer:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._lock = asyncio.Lock()
-        self._seen: list[Blocks | None] = []
+        self._seen: list[_Seen] = []
         self._seen_s = float("-inf")
 
     async def look(self) -> Status:
@@ -82,7 +85,7 @@ class Observer:
         service = self._service
         async with self._lock:
             if time.monotonic() - self._seen_s > _FRESH_S:
-                self._seen = await asyncio.gather(*(_blocks(triton) for triton in service.pool.tritons))
+                self._seen = await asyncio.gather(*(_see(triton) for triton in service.pool.tritons))
                 self._seen_s = time.monotonic()
         settings, recent, admission = service.settings, service.recent, service.admission
         pairs = zip(service.pool.tritons, self._seen, strict=True)
@@ -95,7 +98,7 @@ class Observer:
             waiting=admission.waiting,
             places=settings.limits.max_running or service.pool.room,
             max_queue=settings.limits.max_queue,
-            replicas=[_replica(triton, blocks) for triton, blocks in pairs],
+            replicas=[_replica(triton, seen) for triton, seen in pairs],
             last_minute=recent.window(60),
             last_five_minutes=recent.window(300),
             series=recent.series(),
@@ -104,23 +107,25 @@ class Observer:
         )
 
 
-def _replica(triton: Triton, blocks: Blocks | None) -> Replica:
+def _replica(triton: Triton, seen: _Seen) -> Replica:
+    blocks, drafts = seen if triton.up else (None, None)
     return Replica(
         name=triton.upstream.http_url.partition("://")[2],
         ready=triton.up,
         why_down=None if triton.up else triton.why_down,
         in_flight=triton.in_flight,
         restarts=triton.restarts,
-        kv_blocks=blocks if triton.up else None,
-        drafts=drafts_of(triton.upstream.status_file) if triton.up else None,
+        kv_blocks=blocks,
+        drafts=drafts,
     )
 
 
-async def _blocks(triton: Triton) -> Blocks | None:
+async def _see(triton: Triton) -> _Seen:
     if not triton.up:
-        return None
+        return None, None
+    drafts = drafts_of(triton.upstream.status_file)
     try:
         async with asyncio.timeout(_METRICS_S):
-            return blocks_of(await triton.metrics(), triton.upstream.status_file)
+            return blocks_of(await triton.metrics(), triton.upstream.status_file), drafts
     except TimeoutError:
-        return None
+        return None, drafts
