@@ -182,26 +182,37 @@ def peer(name: str, given: argparse.Namespace) -> Iterator[Door]:
         yield Door("openai-completions", f"{base}/v1", "peer", extra={"ignore_eos": True, "cache_prompt": False})
 
 
-def measured(door: Any, name: str, given: argparse.Namespace, seed: int, tokens: Tokens) -> Report:
-    asked = Asked(
-        loads=tuple(Load(kind="closed", concurrency=one) for one in given.concurrency),
-        lengths=tuple(given.lengths),
-        output_tokens=given.output_tokens,
-        requests=given.requests,
-        warmup=1,
-        seed=seed,
-    )
-    report = bench([door], asked, tokens, Provenance(name), Silent())
-    for run in report.runs:
-        found = run.summary()
-        middles = [f"{key[:-2]} p50 {found[key]['p50'] * 1000:.1f} ms" for key in ("ttft_s", "itl_s") if found[key]]
-        bench_quantize.say(
-            f"  {name}: {run.conditions.input_tokens} in, {run.conditions.load}: {', '.join(middles)}, "
-            f"{found['tokens_per_s']:.1f} tokens/s; load {os.getloadavg()[0]:.1f}"
+def measured(door: Any, name: str, given: argparse.Namespace, seed: int, tokens: Tokens) -> list[Report]:
+    """One report for each load: as many requests as asked for, and at least as many as run at once."""
+    found = []
+    for place, many in enumerate(given.concurrency):
+        asked = Asked(
+            loads=(Load(kind="closed", concurrency=many),),
+            lengths=tuple(given.lengths),
+            output_tokens=given.output_tokens,
+            requests=max(given.requests, many),
+            warmup=1,
+            seed=seed * len(given.concurrency) + place,  # prompts of its own: a server may keep those before
         )
-        for flag in (*run.flags(), *run.errors()):
-            bench_quantize.say(f"  {name}: RED FLAG: {flag}")
-    return report
+        report = bench([door], asked, tokens, Provenance(name), Silent())
+        for run in report.runs:
+            tell(name, run)
+        if given.out:
+            write(report, given.out / f"{name}-{seed + 1}-at-once-{many}.json")
+        found.append(report)
+    return found
+
+
+def tell(name: str, run: Run) -> None:
+    """A line of what was measured, and of all that is wrong with it."""
+    found = run.summary()
+    middles = [f"{key[:-2]} p50 {found[key]['p50'] * 1000:.1f} ms" for key in ("ttft_s", "itl_s") if found[key]]
+    bench_quantize.say(
+        f"  {name}: {run.conditions.input_tokens} in, {run.conditions.load}: {', '.join(middles)}, "
+        f"{found['tokens_per_s']:.1f} tokens/s; load {os.getloadavg()[0]:.1f}"
+    )
+    for flag in (*run.flags(), *run.errors()):
+        bench_quantize.say(f"  {name}: RED FLAG: {flag}")
 
 
 def rounds_of_peers(given: argparse.Namespace, tokens: Tokens) -> dict[str, list[Report]]:
@@ -211,7 +222,7 @@ def rounds_of_peers(given: argparse.Namespace, tokens: Tokens) -> dict[str, list
         for name in (*given.peers[turn:], *given.peers[:turn]):
             bench_quantize.say(f"round {number + 1} of {given.rounds}: {name}")
             with peer(name, given) as door:
-                found[name].append(measured(door, name, given, number, tokens))
+                found[name].extend(measured(door, name, given, number, tokens))
     return found
 
 
@@ -225,7 +236,7 @@ def rounds_of_doors(given: argparse.Namespace, tokens: Tokens) -> dict[str, list
             for name in (*DOORS[turn:], *DOORS[:turn]):
                 # A seed of its own for each door: the server keeps prompts in its cache.
                 seed = number * len(DOORS) + DOORS.index(name)
-                found[name].append(measured(every[name], name, given, seed, tokens))
+                found[name].extend(measured(every[name], name, given, seed, tokens))
     return found
 
 
@@ -255,7 +266,8 @@ def runs_of(reports: Sequence[Report], size: int, many: int) -> list[Run]:
 def show(found: dict[str, list[Report]], given: argparse.Namespace) -> None:
     """Medians of each, and every ratio to the first."""
     first = next(iter(found))
-    print(f"\nOf all {given.rounds} rounds of {given.requests} requests; ratios are to {first}, with 95 % intervals.\n")
+    print(f"\nOf all {given.rounds} rounds of {given.requests} requests, or as many as run at once.")
+    print(f"Ratios are to {first}, with 95 % intervals.\n")
     print("| tokens in | at once | | TTFT p50 | ratio | ITL p50 | ratio | tokens/s | ratio | RSS |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for size in given.lengths:
@@ -299,7 +311,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lengths", type=numbers, default=[512, 2048], help="tokens of prompts (default 512,2048)")
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--concurrency", type=numbers, default=[1, 4, 16], help="default 1,4,16")
-    parser.add_argument("--requests", type=int, default=16, help="of each length and concurrency in a round")
+    parser.add_argument("--requests", type=int, default=16, help="of each length and load in a round, at least")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of llama.cpp")
     parser.add_argument("--work", type=Path, required=True, help="models and artifacts stay here for the next time")
@@ -320,9 +332,6 @@ def main() -> None:
     loaded = Tokens.load(given.model)
     tokens = Counted(loaded.tokenizer, loaded.sha256, output=given.output_tokens)
     found = (rounds_of_doors if given.doors else rounds_of_peers)(given, tokens)
-    for name, reports in found.items() if given.out else ():
-        for number, report in enumerate(reports, 1):
-            write(report, given.out / f"{name}-{number}.json")
     show(found, given)
 
 
