@@ -258,6 +258,12 @@ class Cpu(Section):
         default="auto",
         description="Arithmetic of the engine. auto: bf16 where the CPU has instructions for it, else f32.",
     )
+    activations: Literal["full", "int8"] = Field(
+        default="full",
+        description="What int4 and int8 layers multiply their weights with. full: the arithmetic's 16 or 32 bits, as "
+        "W4A16 on a GPU does. int8: rounded at run time, one scale per group of a token's channels: prompts and tokens "
+        "come faster, and the text is no longer the GPU's.",
+    )
 
 
 class Accept(Section):

@@ -99,9 +99,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
 class Stateful:
     """The engine without GenAI: one request of OpenVINO whose variables hold keys and values."""
 
-    def __init__(self, engine: Path) -> None:
+    def __init__(self, engine: Path, properties: dict[str, object] = EXACT) -> None:
         core = openvino.Core()
-        self.compiled = core.compile_model(core.read_model(engine / backend.MODEL_FILE), "CPU", EXACT)
+        self.compiled = core.compile_model(core.read_model(engine / backend.MODEL_FILE), "CPU", properties)
         self.request = self.compiled.create_infer_request()
 
     def __call__(
@@ -134,6 +134,37 @@ def test_logits_equal_transformers_over_two_steps(built: Callable[[str], Built],
     expected = logits_of(made.reference, ids)
     assert np.abs(expected).max() > 3
     np.testing.assert_allclose(np.concatenate([first, second], axis=1), expected, rtol=0, atol=TOLERANCE)
+
+
+def rounded(inputs: torch.Tensor, group: int) -> torch.Tensor:
+    """Each token's channels to 8 bits, one scale for each group of them."""
+    groups = inputs.unflatten(-1, (-1, group))
+    scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+    return ((groups / scale).round() * scale).flatten(-2)
+
+
+@pytest.mark.parametrize("variant", ["int4-g128-mha", "int4-g64-gqa-tied-bf16", "int8-gqa-bf16"])
+def test_int8_activations_are_rounded_by_token_and_group_and_nothing_else_is(
+    built: Callable[[str], Built], variant: str
+) -> None:
+    made, group = built(variant), 64 if "g64" in variant else 128
+    ids = tokens(1, 60)
+    logits = Stateful(made.engine, EXACT | {"DYNAMIC_QUANTIZATION_GROUP_SIZE": group})(
+        ids, np.ones((1, 60), np.int64), span(1, 0, 60), beams=(0,)
+    )
+    full = logits_of(made.reference, ids)
+    hooks = [
+        layer.register_forward_pre_hook(lambda _layer, inputs: (rounded(inputs[0], group),))
+        for name, layer in made.reference.named_modules()
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head"
+    ]
+    expected = logits_of(made.reference, ids)
+    for hook in hooks:
+        hook.remove()
+    assert np.abs(logits - full)[0, 0].max() > 10 * TOLERANCE
+    np.testing.assert_allclose(logits[0, 0], expected[0, 0], rtol=0, atol=TOLERANCE)
+    # Later tokens: a last bit of attention decides here and there how an activation is rounded.
+    assert np.abs(logits - expected).mean() < 0.4 * np.abs(logits - full).mean()
 
 
 @pytest.mark.parametrize("way", ["int8", "int8_sq", "int4_fp8", "awq-clip-quantized"])

@@ -428,6 +428,15 @@ def test_plan_refuses_bf16_arithmetic_with_an_fp32_cache() -> None:
     assert decided(plan(text % "auto"), "precision") == "f32"
 
 
+def test_plan_rounds_activations_of_integer_weights_alone_and_only_on_a_cpu() -> None:
+    text = "device: %s\nquantization: {weights: %s}\ncpu: {activations: int8}"
+    made = plan(text % ("cpu", "int4, group_size: 64"))
+    assert (decided(made, "activations"), made.activation_group) == ("int8", 64)
+    assert plan(text % ("cpu", "int8")).activation_group == 128
+    assert plan("device: cpu\nquantization: {weights: int4}").activation_group == 0
+    assert "not of fp8" in refusal(text % ("cpu", "fp8"))[0]
+
+
 FP8 = "device: rtx4090\nquantization: {weights: fp8}\n"
 AWQ = "device: cpu\nquantization: {weights: int4, method: awq}\n"
 

@@ -214,7 +214,7 @@ def choose_calibration(
     """Whether text runs through the model when its checkpoint is made, and what for; also notes how int4 is rounded."""
     asked, given = recipe.quantization, recipe.calibration
     _rounding(recipe, weights, notes)
-    _activations(weights, backend, notes)
+    _activations(recipe, weights, backend, notes)
     needs = []
     if weights.name == "int4":
         needs.append((f"method {asked.method}", METHODS[asked.method].calibration))
@@ -257,8 +257,15 @@ def _rounding(recipe: Recipe, weights: WeightScheme, notes: Notes) -> None:
         )
 
 
-def _activations(weights: WeightScheme, backend: str, notes: Notes) -> None:
-    """What becomes of the linear layers' inputs, where the scheme means to round them."""
+def _activations(recipe: Recipe, weights: WeightScheme, backend: str, notes: Notes) -> None:
+    """What becomes of the linear layers' inputs, where the scheme, or the recipe for a CPU, means to round them."""
+    if backend == "openvino" and recipe.cpu.activations == "int8":
+        if not weights.name.startswith("int"):
+            reason = f"cpu.activations int8: OpenVINO rounds the inputs of int4 and int8 weights, not of {weights.name}"
+            notes.refuse(reason, "Use quantization.weights: int4, or activations: full")
+        reason = "rounded at run time, by each token's own scales"
+        notes.decide("activations", "int8", reason, backends()[backend].source)
+        return
     if not weights.activations:
         return
     if backend == "openvino":

@@ -83,6 +83,15 @@ class Plan:
         return self.recipe.kv_cache.reuse and self.chunked_context and not looks_up
 
     @property
+    def activation_group(self) -> int:
+        """On a CPU: channels of a token whose activations share one 8-bit scale; 0 where they are not rounded.
+
+        As many as share a scale of the weights; 128, the usual group, where a whole output channel does.
+        """
+        rounded = self.device.is_cpu and self.recipe.cpu.activations == "int8"
+        return (self.group_size or 128) if rounded else 0
+
+    @property
     def chunked_context(self) -> bool:
         """Whether a prompt may be computed in several pieces."""
         return self.paged_context_fmha and self.window is None
@@ -94,12 +103,14 @@ class Plan:
 
     @property
     def sparse(self) -> dict[str, Any]:
-        """Window, sinks, drafted tokens and a prefix cache that is off, as plain JSON, where there are any."""
+        """Window, sinks, drafted tokens, rounded activations and a prefix cache that is off, as plain JSON, if any."""
         found: dict[str, Any] = {"window": self.window.tokens, "sinks": self.window.sinks} if self.window else {}
         if self.speculation:
             found["draft_tokens"] = self.speculation.tokens
         if self.speculation and self.speculation.lookup:
             found["lookup"] = self.speculation.lookup
+        if self.activation_group:
+            found["activation_group"] = self.activation_group
         return found if self.recipe.kv_cache.reuse else {**found, "kv_reuse": False}
 
     @property

@@ -87,6 +87,7 @@ def runtime(plan: Plan) -> dict[str, Any]:
         max_sequences=plan.limits.max_batch_size,
         max_step_tokens=plan.limits.max_num_tokens,
         precision=plan.recipe.cpu.precision,
+        activation_group=plan.activation_group,
         threads=plan.recipe.cpu.threads,
         reuse=plan.kv_reuse,
         window=plan.window,

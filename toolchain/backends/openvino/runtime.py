@@ -37,6 +37,7 @@ def settings(
     max_sequences: int,
     max_step_tokens: int,
     precision: str = "auto",
+    activation_group: int = 0,
     threads: int | None = None,
     reuse: bool = True,
     window: KvWindow | None = None,
@@ -47,8 +48,8 @@ def settings(
     ``kv`` is ``int8``, ``fp16`` or ``fp32``; ``cache_tokens`` is rounded up to blocks of 32, all of which the
     sequences in flight can fill. ``precision``: with ``auto`` OpenVINO takes bf16 where the CPU has it; an fp32 cache
     needs f32 arithmetic (OpenVINO refuses to load otherwise), so it implies it. Activations of int4 and int8 layers
-    stay at that precision: OpenVINO's default would round them to 8 bits (prompts about twice as fast, and no longer
-    W4A16 or W8A16).
+    are rounded to 8 bits, one scale for each ``activation_group`` channels of a token; with 0 they stay at that
+    precision, which OpenVINO's own default does not do (it is no longer W4A16 or W8A16).
 
     With drafts a step is what the plan says, because it must hold all that is checked. A prompt is then cut with prompt
     lookup and not with a draft model: GenAI 2026.4.1 gives wrong tokens the other way round (measured, both).
@@ -60,7 +61,10 @@ def settings(
             f"kv_cache.dtype: openvino has no {kv} cache",
             hint=f"On a cpu choose one of {', '.join(_KV_PRECISION)}.",
         )
-    properties: dict[str, Any] = {"KV_CACHE_PRECISION": _KV_PRECISION[kv], "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    properties: dict[str, Any] = {
+        "KV_CACHE_PRECISION": _KV_PRECISION[kv],
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": activation_group,
+    }
     hint = "f32" if kv == "fp32" else _PRECISION[precision]
     if hint:
         properties["INFERENCE_PRECISION_HINT"] = hint
