@@ -10,9 +10,10 @@
     python scripts/bench_peers.py --peers ours --shape 13b --lengths 512 --concurrency 1 --work DIR
 
 Each server runs alone: started, warmed up, measured, stopped; the next round begins with the next one. All ignore the
-end of text, and are asked for exactly as many tokens. A round has prompts of its own, the same for every server. W4A16
-of ours is int4 in groups of 128 with 16-bit activations (`DYNAMIC_QUANTIZATION_GROUP_SIZE` 0), llama.cpp's Q4_0 is
-groups of 32 with activations rounded to 8 bits; transformers has 16 or 32-bit weights (`--dtype`). The tables are
+end of text, and are asked for exactly as many tokens. A round has prompts of its own, the same for every server. "ours"
+is int4 in groups of 128 with 16-bit activations (W4A16), "ours-int8" the same engine with `cpu.activations: int8`.
+llama.cpp's Q4_0 is groups of 32, and it rounds activations to 8 bits; transformers has 16 or 32-bit weights
+(`--dtype`), and one request at a time. The tables are
 Markdown; ratios are medians with 95 % bootstrap intervals over all requests of all rounds. `--out` keeps the reports.
 """
 
@@ -50,8 +51,9 @@ device: cpu
 quantization: {{weights: int4, group_size: 128}}
 kv_cache: {{dtype: int8}}
 limits: {{max_batch_size: 16, max_seq_len: {tokens}}}
+cpu: {{activations: {activations}}}
 """
-PEERS = ("ours", "llama.cpp", "transformers")
+PEERS = ("ours", "ours-int8", "llama.cpp", "transformers")
 DOORS = ("in-process", "gRPC", "HTTP", "gateway")
 
 
@@ -113,7 +115,7 @@ def free_port() -> int:
 
 @contextmanager
 def running(argv: Sequence[str], ready: Any, log: Path) -> Iterator[None]:
-    """A server in a group of its own, from ``ready()`` on, stopped as Ctrl-C would."""
+    """A server in a group of its own, from ``ready()`` on."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with log.open("w") as out:
         server = subprocess.Popen(argv, stdout=out, stderr=out, start_new_session=True, env=environment)
@@ -125,7 +127,7 @@ def running(argv: Sequence[str], ready: Any, log: Path) -> Iterator[None]:
                 time.sleep(0.2)
             yield
         finally:
-            server.send_signal(signal.SIGINT)
+            server.terminate()
             with suppress(subprocess.TimeoutExpired):
                 server.wait(60)
             with suppress(ProcessLookupError):
@@ -140,11 +142,11 @@ def answers(url: str) -> bool:
 
 
 @contextmanager
-def ours(given: argparse.Namespace, gateway: bool = False) -> Iterator[dict[str, Door]]:
+def ours(given: argparse.Namespace, activations: str = "full", gateway: bool = False) -> Iterator[dict[str, Door]]:
     """Built unless it is, and served. -> doors by name."""
     cli = [sys.executable, "-m", "toolchain.cli"]
-    recipe = given.work / f"{given.shape}.yaml"
-    recipe.write_text(RECIPE.format(name=given.shape, model=given.model, tokens=given.room))
+    recipe = given.work / f"{given.shape}-{activations}.yaml"
+    recipe.write_text(RECIPE.format(name=recipe.stem, model=given.model, tokens=given.room, activations=activations))
     common = ["--recipe", str(recipe), "--work", str(given.work / "artifacts")]
     subprocess.run([*cli, "build", *common], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
     http, grpc, metrics, openai = (free_port() for _ in range(4))
@@ -155,15 +157,15 @@ def ours(given: argparse.Namespace, gateway: bool = False) -> Iterator[dict[str,
         yield {
             "gRPC": Door("triton-grpc", f"127.0.0.1:{grpc}", "tensorrt_llm_bls", ignore_eos=True),
             "HTTP": Door("triton-http", f"http://127.0.0.1:{http}", "tensorrt_llm_bls", ignore_eos=True),
-            "gateway": Door("openai-completions", f"http://127.0.0.1:{openai}/v1", given.shape, extra=exactly),
+            "gateway": Door("openai-completions", f"http://127.0.0.1:{openai}/v1", recipe.stem, extra=exactly),
         }
 
 
 @contextmanager
 def peer(name: str, given: argparse.Namespace) -> Iterator[Door]:
     """One server, alone on the machine."""
-    if name == "ours":
-        with ours(given) as doors:
+    if name.startswith("ours"):
+        with ours(given, "int8" if name == "ours-int8" else "full") as doors:
             yield doors["gRPC"]
         return
     port, log = free_port(), given.work / f"{name}.log"
@@ -186,6 +188,8 @@ def measured(door: Any, name: str, given: argparse.Namespace, seed: int, tokens:
     """One report for each load: as many requests as asked for, and at least as many as run at once."""
     found = []
     for place, many in enumerate(given.concurrency):
+        if many > 1 and name == "transformers":  # it answers one request after the other: more of them only wait
+            continue
         asked = Asked(
             loads=(Load(kind="closed", concurrency=many),),
             lengths=tuple(given.lengths),
@@ -246,7 +250,7 @@ def in_process(given: argparse.Namespace, tokens: Tokens) -> InProcess:
 
     from toolchain.engine import Engine
 
-    engine = Engine.open(given.work / "artifacts" / given.shape / "engine")
+    engine = Engine.open(given.work / "artifacts" / f"{given.shape}-full" / "engine")
     scheduler, runtime = genai.SchedulerConfig(), engine.passport.runtime
     for name, value in {"max_num_seqs": engine.passport.limits.max_batch_size, **runtime["scheduler"]}.items():
         setattr(scheduler, name, value)
@@ -274,8 +278,8 @@ def show(found: dict[str, list[Report]], given: argparse.Namespace) -> None:
         for many in given.concurrency:
             base = runs_of(found[first], size, many)
             for name, reports in found.items():
-                runs = base if name == first else runs_of(reports, size, many)
-                print(f"| {size} | {many} | {name} | {' | '.join(cells(runs, base))} |")
+                if runs := base if name == first else runs_of(reports, size, many):
+                    print(f"| {size} | {many} | {name} | {' | '.join(cells(runs, base))} |")
 
 
 def cells(runs: Sequence[Run], base: Sequence[Run]) -> Iterator[str]:
