@@ -6,7 +6,6 @@
       -DLLAMA_USE_PREBUILT_UI=OFF
     ninja -C build llama-server llama-quantize
     python scripts/bench_peers.py --llama-cpp build/bin --work DIR          # the peers
-    python scripts/bench_peers.py --doors --work DIR                        # what our doors cost, against in-process
     python scripts/bench_peers.py --peers ours --shape 13b --lengths 512 --concurrency 1 --work DIR
 
 Each server runs alone: started, warmed up, measured, stopped; the next round begins with the next one. All ignore the
@@ -15,6 +14,7 @@ is int4 in groups of 128 with 16-bit activations (W4A16), "ours-int8" the same e
 llama.cpp's Q4_0 is groups of 32, and it rounds activations to 8 bits; transformers has 16 or 32-bit weights
 (`--dtype`), and one request at a time. The tables are
 Markdown; ratios are medians with 95 % bootstrap intervals over all requests of all rounds. `--out` keeps the reports.
+What our own doors cost, against the engine without a server: `bench_doors.py`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from scripts import bench_quantize, peer_model  # noqa: E402
-from toolchain.measuring.doors import Door, Piece  # noqa: E402
+from toolchain.measuring.doors import Door  # noqa: E402
 from toolchain.measuring.prompts import Tokens  # noqa: E402
 from toolchain.measuring.report import Load, Report, Run, write  # noqa: E402
 from toolchain.measuring.statistics import percentile, ratio_of_percentiles, ratio_of_rates  # noqa: E402
@@ -49,12 +49,11 @@ name: {name}
 model: {model}
 device: cpu
 quantization: {{weights: int4, group_size: 128}}
-kv_cache: {{dtype: int8}}
+kv_cache: {{dtype: int8, reuse: {reuse}}}
 limits: {{max_batch_size: 16, max_seq_len: {tokens}}}
 cpu: {{activations: {activations}}}
 """
 PEERS = ("ours", "ours-int8", "llama.cpp", "transformers")
-DOORS = ("in-process", "gRPC", "HTTP", "gateway")
 
 
 @dataclass(frozen=True)
@@ -67,46 +66,6 @@ class Counted(Tokens):
         return self.output
 
 
-@dataclass(frozen=True)
-class InProcess:
-    """The engine without any server, as a door: for one request at a time."""
-
-    pipeline: Any
-    tokenizer: Any
-    kind: str = "in-process"
-    url: str = ""
-    model: str = "openvino_genai"
-    ignore_eos: bool = True
-    extra: tuple[()] = ()
-
-    def about(self) -> dict[str, str]:
-        return {}
-
-    def open(self) -> InProcess:
-        return self
-
-    def close(self) -> None:
-        pass
-
-    def ask(self, prompt: str, max_tokens: int, sent: Any) -> Iterator[Piece]:
-        import numpy as np
-        import openvino as ov
-        import openvino_genai as genai
-
-        config = genai.GenerationConfig(max_new_tokens=max_tokens, ignore_eos=True)
-        sent()
-        ids = np.array([self.tokenizer(prompt)["input_ids"]], dtype=np.int64)
-        handle = self.pipeline.add_request(0, ov.Tensor(ids), config)
-        made = 0
-        while self.pipeline.has_non_finished_requests():
-            self.pipeline.step()
-            while handle.can_read():
-                for output in handle.read().values():
-                    made += len(output.generated_ids)
-                    text = self.tokenizer.decode(list(output.generated_ids))
-                    yield Piece(text, time.perf_counter(), made)
-
-
 def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -114,9 +73,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(argv: Sequence[str], ready: Any, log: Path) -> Iterator[None]:
+def running(argv: Sequence[str], ready: Any, log: Path, environment: dict[str, str] | None = None) -> Iterator[None]:
     """A server in a group of its own, from ``ready()`` on."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = environment or {**os.environ, "PYTHONPATH": str(ROOT)}
     with log.open("w") as out:
         server = subprocess.Popen(argv, stdout=out, stderr=out, start_new_session=True, env=environment)
         try:
@@ -142,11 +101,14 @@ def answers(url: str) -> bool:
 
 
 @contextmanager
-def ours(given: argparse.Namespace, activations: str = "full", gateway: bool = False) -> Iterator[dict[str, Door]]:
-    """Built unless it is, and served. -> doors by name."""
+def ours(
+    given: argparse.Namespace, name: str, *, reuse: bool = True, activations: str = "full", gateway: bool = False
+) -> Iterator[dict[str, Door]]:
+    """Built unless it is, and served; with ``reuse`` it keeps prompts in its cache. -> doors by name."""
     cli = [sys.executable, "-m", "toolchain.cli"]
-    recipe = given.work / f"{given.shape}-{activations}.yaml"
-    recipe.write_text(RECIPE.format(name=recipe.stem, model=given.model, tokens=given.room, activations=activations))
+    recipe = given.work / f"{name}.yaml"
+    told = {"tokens": given.room, "reuse": str(reuse).lower(), "activations": activations}
+    recipe.write_text(RECIPE.format(name=name, model=given.model, **told))
     common = ["--recipe", str(recipe), "--work", str(given.work / "artifacts")]
     subprocess.run([*cli, "build", *common], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
     http, grpc, metrics, openai = (free_port() for _ in range(4))
@@ -157,7 +119,7 @@ def ours(given: argparse.Namespace, activations: str = "full", gateway: bool = F
         yield {
             "gRPC": Door("triton-grpc", f"127.0.0.1:{grpc}", "tensorrt_llm_bls", ignore_eos=True),
             "HTTP": Door("triton-http", f"http://127.0.0.1:{http}", "tensorrt_llm_bls", ignore_eos=True),
-            "gateway": Door("openai-completions", f"http://127.0.0.1:{openai}/v1", recipe.stem, extra=exactly),
+            "gateway": Door("openai-completions", f"http://127.0.0.1:{openai}/v1", name, extra=exactly),
         }
 
 
@@ -165,7 +127,7 @@ def ours(given: argparse.Namespace, activations: str = "full", gateway: bool = F
 def peer(name: str, given: argparse.Namespace) -> Iterator[Door]:
     """One server, alone on the machine."""
     if name.startswith("ours"):
-        with ours(given, "int8" if name == "ours-int8" else "full") as doors:
+        with ours(given, f"{given.shape}-{name}", activations="int8" if name == "ours-int8" else "full") as doors:
             yield doors["gRPC"]
         return
     port, log = free_port(), given.work / f"{name}.log"
@@ -230,34 +192,6 @@ def rounds_of_peers(given: argparse.Namespace, tokens: Tokens) -> dict[str, list
     return found
 
 
-def rounds_of_doors(given: argparse.Namespace, tokens: Tokens) -> dict[str, list[Report]]:
-    """All doors of one server, and the engine by itself in this process, request lists in turns."""
-    found: dict[str, list[Report]] = {name: [] for name in DOORS}
-    with ours(given, gateway=True) as doors:
-        every = {"in-process": in_process(given, tokens), **doors}
-        for number in range(given.rounds):
-            turn = number % len(DOORS)
-            for name in (*DOORS[turn:], *DOORS[:turn]):
-                # A seed of its own for each door: the server keeps prompts in its cache.
-                seed = number * len(DOORS) + DOORS.index(name)
-                found[name].extend(measured(every[name], name, given, seed, tokens))
-    return found
-
-
-def in_process(given: argparse.Namespace, tokens: Tokens) -> InProcess:
-    """The same engine with the same settings as the server's."""
-    import openvino_genai as genai
-
-    from toolchain.engine import Engine
-
-    engine = Engine.open(given.work / "artifacts" / f"{given.shape}-full" / "engine")
-    scheduler, runtime = genai.SchedulerConfig(), engine.passport.runtime
-    for name, value in {"max_num_seqs": engine.passport.limits.max_batch_size, **runtime["scheduler"]}.items():
-        setattr(scheduler, name, value)
-    pipeline = genai.ContinuousBatchingPipeline(str(engine.path), scheduler, "CPU", dict(runtime["properties"]))
-    return InProcess(pipeline, tokens.tokenizer)
-
-
 def runs_of(reports: Sequence[Report], size: int, many: int) -> list[Run]:
     return [
         run
@@ -302,14 +236,14 @@ def interval(ratio: Any) -> str:
     return f"{ratio.value:.3f} ({ratio.low:.3f} - {ratio.high:.3f})"
 
 
-def parse() -> argparse.Namespace:
-    def numbers(text: str) -> list[int]:
-        return [int(word) for word in text.split(",")]
+def numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
 
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=bench_quantize.SHAPES, default="1b")
     parser.add_argument("--peers", type=lambda text: text.split(","), default=list(PEERS), help=",".join(PEERS))
-    parser.add_argument("--doors", action="store_true", help="what our own doors cost, instead of peers")
     parser.add_argument("--llama-cpp", type=Path, help="the folder of llama-server and llama-quantize")
     parser.add_argument("--dtype", default="bfloat16", help="of transformers: bfloat16 or float32, whichever is faster")
     parser.add_argument("--lengths", type=numbers, default=[512, 2048], help="tokens of prompts (default 512,2048)")
@@ -324,8 +258,7 @@ def parse() -> argparse.Namespace:
     given.work.mkdir(parents=True, exist_ok=True)
     given.work, given.model = given.work.resolve(), given.work.resolve() / f"model-{given.shape}"
     given.room = max(given.lengths) + given.output_tokens + 64
-    given.concurrency = [1] if given.doors else given.concurrency
-    if "llama.cpp" in given.peers and not given.doors and not (given.llama_cpp and given.llama_cpp.is_dir()):
+    if "llama.cpp" in given.peers and not (given.llama_cpp and given.llama_cpp.is_dir()):
         parser.error("--llama-cpp DIR: see the commands above, or --peers ours,transformers")
     return given
 
@@ -335,8 +268,7 @@ def main() -> None:
     peer_model.make(given.model, given.shape)
     loaded = Tokens.load(given.model)
     tokens = Counted(loaded.tokenizer, loaded.sha256, output=given.output_tokens)
-    found = (rounds_of_doors if given.doors else rounds_of_peers)(given, tokens)
-    show(found, given)
+    show(rounds_of_peers(given, tokens), given)
 
 
 if __name__ == "__main__":

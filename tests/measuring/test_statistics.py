@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolchain.measuring.statistics import percentile, ratio_of_percentiles, ratio_of_rates, summarize
+from toolchain.measuring.statistics import (
+    median_with_interval,
+    percentile,
+    ratio_of_percentiles,
+    ratio_of_rates,
+    summarize,
+)
 
 positive = st.lists(st.floats(0.001, 1000), min_size=1, max_size=40)
 
@@ -89,3 +95,20 @@ def test_a_ratio_of_rates_by_hand() -> None:
 def test_a_ratio_of_nothing_is_refused(bad: list[float]) -> None:
     with pytest.raises(ValueError, match="not empty and above 0"):
         ratio_of_percentiles(bad, [1.0])
+
+
+def test_the_median_of_differences_has_an_interval_that_may_hold_zero() -> None:
+    assert median_with_interval([3.0] * 5) == (3.0, 3.0, 3.0)
+    middle, low, high = median_with_interval([-2.0, -1.0, 0.5, 1.0, 2.0] * 8)
+    assert middle == 0.5
+    assert -1.0 <= low <= 0.5 <= high <= 1.0
+    with pytest.raises(ValueError, match="nothing was measured"):
+        median_with_interval([])
+
+
+def test_the_interval_of_a_median_covers_the_truth_about_as_often_as_it_says() -> None:
+    import numpy as np
+
+    generator = np.random.default_rng(11)
+    found = [median_with_interval(generator.normal(4, 1, 40).tolist(), seed=index) for index in range(100)]
+    assert 86 <= sum(low <= 4 <= high for _, low, high in found) <= 100

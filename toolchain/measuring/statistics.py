@@ -87,6 +87,17 @@ def ratio_of_rates(a: Sequence[tuple[float, float]], b: Sequence[tuple[float, fl
     return _interval(float(whole[1][0] / whole[1][1] / (whole[0][0] / whole[0][1])), rates[1] / rates[0])
 
 
+def median_with_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float, float]:
+    """(median, low, high) of a sample, such as the differences of pairs; a percentile bootstrap as above.
+
+    ValueError for an empty sample.
+    """
+    sample = np.asarray(values, dtype=np.float64)
+    medians = np.median(_drawn(np.random.default_rng(seed), sample), axis=1) if sample.size else sample
+    found = _interval(percentile(values, 50), medians)
+    return found.value, found.low, found.high
+
+
 def _drawn(generator: np.random.Generator, sample: Floats) -> Floats:
     """[n, ...] -> [RESAMPLES, n, ...]."""
     drawn: Floats = sample[generator.integers(0, len(sample), (RESAMPLES, len(sample)))]
