@@ -112,7 +112,7 @@ def alone(served: psutil.Process, given: argparse.Namespace, tokens: Tokens) -> 
 def family(url: str) -> list[psutil.Process]:
     """The process that listens there, its parents of this benchmark, and all their children."""
     one = psutil.Process(listener(url))
-    while (parent := one.parent()) is not None and parent.pid != os.getpid():
+    while (parent := one.parent()) is not None and parent.pid not in (1, os.getpid()):
         one = parent
     return [one, *one.children(recursive=True)]
 
