@@ -147,6 +147,8 @@ def compared(engine: Alone, door: Any, name: str, number: int, given: argparse.N
     for run in report.runs:
         for flag in (*run.flags(), *run.errors()):
             bench_quantize.say(f"  {name}: RED FLAG: {flag}")
+    if given.out:
+        write(report, given.out / f"{name}-{number + 1}.json")
     return report
 
 
@@ -222,9 +224,6 @@ def main() -> None:
     loaded = Tokens.load(given.model)
     tokens = bench_peers.Counted(loaded.tokenizer, loaded.sha256, output=given.output_tokens)
     found = measured(given, tokens)
-    for name, reports in found.items() if given.out else ():
-        for number, report in enumerate(reports, 1):
-            write(report, given.out / f"{name}-{number}.json")
     print(f"\nAll {given.rounds} rounds; intervals are 95 %, bootstrapped over pairs.")
     show(found, given)
 
