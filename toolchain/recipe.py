@@ -283,6 +283,12 @@ class Accept(Section):
     top1_agreement: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.85, description="Share of tokens where both find the same one the likeliest: at least this."
     )
+    int8_kv_range: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.2,
+        description="Of an int8 cache: the largest key or value that the text gives, over the largest that the scale "
+        "can hold, in the worst layer: at least this. A scale far too large leaves few of 255 steps, which a small "
+        "model's predictions hardly show.",
+    )
     greedy_agreement: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.9,
         description="Of a running engine: share of the tokens that it gives where the checkpoint, computed on a CPU "

@@ -196,14 +196,14 @@ def judge(report: Mapping[str, Any], job: Job, folder: Path, notes: Sequence[str
     accept = job.recipe.accept or Accept()
     models = report["models"]
     name = job.plan.kv.name if job.plan.kv.name in models else stage.WEIGHTS
-    failures = accept.failures(_judged(models[name]))
+    failures = accept.failures(_judged(report, name))
     text = report["text"]
     what = f"weights {report['quant_algo'] or 'unquantized'}"
     if name != stage.WEIGHTS:
         what += f" and a simulated {name} cache"
     one = models[name]
     numbers = ", ".join(f"{key} {_shown(one[key])}" for key in MEASURES)
-    advice, capacities = _advice(models, job, name, accept)
+    advice, capacities = _advice(report, job, name, accept)
     return Judgment(
         passed=not failures,
         judged=name,
@@ -225,8 +225,13 @@ def _shown(measure: Mapping[str, float | None]) -> str:
     return f"{value:.4g}" if error is None else f"{value:.4g} ± {error:.2g}"
 
 
-def _judged(model: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: model[key] for key in MEASURES}
+def _judged(report: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The measures that ``accept`` has limits for, of one model of a report."""
+    found = {key: report["models"][name][key] for key in MEASURES}
+    if name != "int8":
+        return found
+    used = [max(one["k_amax"], one["v_amax"]) / (127 * one["scale"]) for one in report["caches"][name]]
+    return {**found, "int8_kv_range": {"value": min(used), "error": None}}
 
 
 def quantized_checkpoint(job: Job) -> tuple[Checkpoint, str]:
@@ -252,18 +257,18 @@ def _caches(plan: Plan) -> tuple[tuple[str, ...], list[str]]:
 
 
 def _advice(
-    models: Mapping[str, Any], job: Job, name: str, accept: Accept
+    report: Mapping[str, Any], job: Job, name: str, accept: Accept
 ) -> tuple[tuple[str, ...], tuple[Capacity, ...]]:
     """Whether the cache is at fault, and what to fall back to: int8, fp8 where the device has it, 16 bits."""
     if name == stage.WEIGHTS:
         return (), ()
-    order = [kv for kv in ("int8", "fp8") if kv in models]
+    order = [kv for kv in ("int8", "fp8") if kv in report["models"]]
     capacities = tuple(_capacity(job, kv) for kv in (*order, "fp16"))
-    if not accept.failures(_judged(models[name])):
+    if not accept.failures(_judged(report, name)):
         return (), capacities
-    if accept.failures(_judged(models[stage.WEIGHTS])):
+    if accept.failures(_judged(report, stage.WEIGHTS)):
         return ("the weights alone do not pass: another method, smaller groups, or more bits",), capacities
-    after = [kv for kv in order[order.index(name) + 1 :] if not accept.failures(_judged(models[kv]))]
+    after = [kv for kv in order[order.index(name) + 1 :] if not accept.failures(_judged(report, kv))]
     better = after[0] if after else "fp16"
     costs = {one.kv: one for one in capacities}
     tokens = costs[better].tokens
@@ -290,7 +295,7 @@ def _with_verdict(found: Judgment, job: Job, checkpoint: str) -> Judgment:
         "judged": found.judged,
         "accept": found.accept,
         "failures": list(found.failures),
-        "measures": _judged(found.report["models"][found.judged]),
+        "measures": _judged(found.report, found.judged),
     }
     file, notes = _beside_engine(job, checkpoint, WEIGHTS, part)
     return replace(found, verdict=file, notes=(*found.notes, *notes))
