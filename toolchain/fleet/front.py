@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from typing import Any, Self
 
@@ -113,7 +113,8 @@ class Fleet:
         """The answers have begun when the first token of one of them is there. Raises ApiError."""
         long = len(str(inputs.get("text_input", ""))) > _LONG_TEXT
         asks = await asyncio.to_thread(self._texts.asks, inputs) if long else self._texts.asks(inputs)
-        flow = FleetFlow([Answering(self, ask, self._texts.answer(ask, index)) for index, ask in enumerate(asks)])
+        answers = (self._texts.answer(ask, index, inputs) for index, ask in enumerate(asks))
+        flow = FleetFlow([Answering(self, ask, answer) for ask, answer in zip(asks, answers, strict=True)])
         try:
             async with asyncio.timeout(self._timeouts.first_token_s):
                 await flow.begin()
@@ -126,7 +127,7 @@ class Fleet:
             raise
         return flow
 
-    async def items(self, ask: wire.Ask) -> AsyncIterator[wire.Item]:
+    async def items(self, ask: wire.Ask) -> AsyncGenerator[wire.Item, None]:
         """The items of one answer, as Dynamo gives them. Raises UpstreamError where it gives up, ApiError where the
         engine refuses.
         """
@@ -164,13 +165,14 @@ class Fleet:
             taken = False
             rest = replace(ask, ids=(*ask.ids, *answer.ids), max_tokens=ask.max_tokens - len(answer.ids))
             try:
-                async for item in self.items(rest):
-                    taken = True
-                    if item.get("token_ids"):
-                        yield answer.push(item["token_ids"], item.get("log_probs"))
-                    if item.get("finish_reason"):
-                        yield answer.finish()
-                        return
+                async with contextlib.aclosing(self.items(rest)) as items:
+                    async for item in items:
+                        taken = True
+                        if item.get("token_ids"):
+                            yield answer.push(item["token_ids"], item.get("log_probs"), wire.metrics_of(item))
+                        if item.get("finish_reason") or answer.stopped:
+                            yield answer.finish()
+                            return
                 raise UpstreamError("the answer ended early")
             except UpstreamError as error:
                 lost += taken  # a worker that has just died may be known for some seconds, and nobody takes the request
@@ -233,7 +235,8 @@ class FleetFlow:
     async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
         event = self._first
         while event is not None:
-            yield event
+            if event:  # an answer that is wanted as a whole says until then only that it grows
+                yield event
             event = await self._next()
 
     async def _next(self) -> Any:

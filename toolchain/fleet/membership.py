@@ -16,10 +16,12 @@ from toolchain import workspace
 from toolchain.admission import passport_of
 from toolchain.engine import Passport
 from toolchain.errors import ArtifactError, EndpointError
+from toolchain.fleet.dialect import dialect
 from toolchain.fleet.plane import Plane
 from toolchain.fleet.worker import Adapter, LostError, Spec, make_triton
 from toolchain.gateway.settings import Timeouts
 from toolchain.gateway.triton import make_session
+from toolchain.repository import Repository
 
 TOKENIZER = Path("tensorrt_llm_bls", "1", "tokenizer")
 _START_S = 120.0
@@ -65,7 +67,8 @@ async def serve(spec: Spec) -> None:
         triton = make_triton(spec.triton_url, session, timeouts)
         await _first_token(triton, asked)
         if not asked.is_set():
-            await _offer(spec, Adapter(triton, frozenset(passport.eos_token_ids)), passport, asked)
+            spoken = dialect(Repository.open(repository).parameters)
+            await _offer(spec, Adapter(triton, frozenset(passport.eos_token_ids), spoken), passport, asked)
     _tell(spec, "ended")
 
 

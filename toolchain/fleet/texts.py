@@ -13,16 +13,34 @@ from typing import Any
 
 import numpy as np
 
-from toolchain.fleet.wire import Ask
-from toolchain.gateway.failures import ApiError, invalid, of_triton
+from toolchain.fleet.wire import Ask, listed
+from toolchain.gateway.failures import refused
 from toolchain.gateway.shared import load_together
 
 _FOLDERS = ("common/shared", "common/tensorrt_llm_bls/1")
-_MODULES = ("tensors", "tokenizer", "prompts", "wiring", "answers", "detokenizer")
+_MODULES = ("tensors", "tokenizer", "prompts", "wiring", "answers", "detokenizer", "speculation")
 _APART = ("input_ids", "input_lengths", "request_output_len", "streaming", "num_return_sequences")
 """Tensors that the worker makes itself, or that are sent as several requests."""
-OUTPUTS = frozenset({"text_output", "finish_reason", "num_input_tokens", "num_output_tokens", "output_log_probs"})
+_HERE = "an endpoint over several replicas"
+_LOGITS = f"{_HERE} does not pass logits on"
+_TABLE = f"{_HERE} does not pass prompt tables on"
+_WEIGHTS = f"{_HERE} takes adapters by lora_task_id, not their weights"
+NOT_HERE = {
+    "beam_width": f"{_HERE} gives no beams",
+    "return_context_logits": _LOGITS,
+    "return_generation_logits": _LOGITS,
+    "prompt_embedding_table": _TABLE,
+    "prompt_vocab_size": _TABLE,
+    "lora_weights": _WEIGHTS,
+    "lora_config": _WEIGHTS,
+}
+"""Inputs of ``tensorrt_llm_bls`` that one Triton may take, and an endpoint does not -> why."""
+_NEUTRAL = {"beam_width": 1.0}
+OUTPUTS = frozenset(
+    {"text_output", "finish_reason", "num_input_tokens", "num_output_tokens", "output_log_probs", "cum_log_probs"}
+)
 TRUE = frozenset({"true", "1", "yes"})
+Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -33,12 +51,17 @@ class Parameters:
     vocab_size: int
     add_special: bool = True
     skip_special: bool = True
+    exclude_input: bool = True
+    max_answers: int = 64
+    """Of one prompt: as many as an engine has places."""
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> Parameters:
         """From the parameters of a ``repository.Repository``."""
-        flags = (str(found.get(name, "true")).lower() in TRUE for name in ("add_special_tokens", "skip_special_tokens"))
-        return cls(int(found["max_input_len"]), int(found["vocab_size"]), *flags)
+        names = ("add_special_tokens", "skip_special_tokens", "exclude_input_in_output")
+        flags = (str(found.get(name, "true")).lower() in TRUE for name in names)
+        most = int(found.get("triton_max_batch_size", cls.max_answers))
+        return cls(int(found["max_input_len"]), int(found["vocab_size"]), *flags, max_answers=most)
 
 
 class Texts:
@@ -61,41 +84,72 @@ class Texts:
         """The inputs of ``tensorrt_llm_bls`` as JSON -> one Ask for each answer that is wanted; sampled ones differ by
         their seeds, as the engines themselves do it. Raises ApiError for what is refused.
         """
-        wiring = self._shared["wiring"]
         arrays = {name: _array(value) for name, value in inputs.items()}
         try:
-            prepared = self._prompts.prepare(wiring.to_preprocessing(arrays))
-            tensors = wiring.to_engine(arrays, prepared, streaming=True)
+            tensors, count = self._tensors(arrays), self._count(inputs)
         except self._shared["tensors"].RefusedError as error:
-            raise _refused(str(error)) from None
+            raise refused(str(error)) from None
         ids = tuple(int(one) for one in tensors["input_ids"].reshape(-1))
         plain = {name: _plain(array) for name, array in tensors.items() if name not in _APART}
-        seed, count = int(inputs.get("seed", 0)), int(inputs.get("num_return_sequences", 1))
+        seed = int(_one(inputs, "seed", 0))
         seeds = [{"seed": [seed + index]} if "seed" in plain else {} for index in range(count)]
-        return [Ask(ids, int(inputs["max_tokens"]), {**plain, **one}, len(ids)) for one in seeds]
+        return [Ask(ids, int(_one(inputs, "max_tokens", 0)), {**plain, **one}, len(ids)) for one in seeds]
 
-    def answer(self, ask: Ask, index: int) -> TextAnswer:
-        """What becomes of the ids of an Ask."""
-        answers = self._shared["answers"].Answers(self._tokenizer, self._anchor, (), self._parameters.skip_special)
-        return TextAnswer(answers, ask, index)
+    def _tensors(self, arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+        """The inputs of ``tensorrt_llm``. Raises RefusedError."""
+        wiring, tensors = self._shared["wiring"], self._shared["tensors"]
+        tensors.refuse(arrays, NOT_HERE, _NEUTRAL)
+        if (prompts := arrays["text_input"].size) != 1:
+            raise tensors.RefusedError(f"text_input: a batch of {prompts} prompts; send one request for each prompt")
+        prepared = self._prompts.prepare(wiring.to_preprocessing(arrays))
+        found: dict[str, np.ndarray[Any, Any]] = wiring.to_engine(arrays, prepared, streaming=True)
+        self._shared["speculation"].tokens_to_draft(arrays, found, None)
+        return found
+
+    def _count(self, inputs: Mapping[str, Any]) -> int:
+        """How many answers are wanted. Raises RefusedError."""
+        count, most = int(_one(inputs, "num_return_sequences", 0)) or 1, self._parameters.max_answers
+        if not 1 <= count <= most:
+            text = f"num_return_sequences: {count}, this engine takes 1 to {most}"
+            raise self._shared["tensors"].RefusedError(text)
+        return count
+
+    def answer(self, ask: Ask, index: int, inputs: Mapping[str, Any]) -> TextAnswer:
+        """What becomes of the ids of an Ask, which is the ``index``-th of ``asks(inputs)``."""
+        stops = [str(one) for one in listed(inputs.get("stop_words")) if one]
+        answers = self._shared["answers"].Answers(self._tokenizer, self._anchor, stops, self._parameters.skip_special)
+        streaming = bool(_one(inputs, "stream", False))
+        told = bool(_one(inputs, "exclude_input_in_output", self._parameters.exclude_input))
+        before = "" if told or streaming else self._tokenizer.decode(list(ask.ids))
+        return TextAnswer(answers, ask, index, streaming=streaming, before=before)
 
 
 class TextAnswer:
     """One answer while it grows: ids in, events of ``tensorrt_llm_bls`` out."""
 
-    def __init__(self, answers: Any, ask: Ask, index: int) -> None:
+    def __init__(self, answers: Any, ask: Ask, index: int, *, streaming: bool = True, before: str = "") -> None:
+        """``before``: the text in front of an answer that is given as a whole."""
         self._answers, self._ask, self._index = answers, ask, index
+        self._streaming, self._before = streaming, before
+        self._logs_sum = 0.0
+        self._metrics: Event = {}
         self.ids: list[int] = []
         """So far."""
 
-    def push(self, ids: Sequence[int], logs: Sequence[float] | None) -> dict[str, Any]:
-        """The event that these ids make."""
-        self.ids.extend(ids)
-        self._push(ids, logs)
-        return self._event({"num_output_tokens": len(self.ids)})
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop word has come: what follows is not part of the answer."""
+        return bool(self._answers.all_stopped)
 
-    def finish(self) -> dict[str, Any]:
-        """The last event: what was held back, and how it ended."""
+    def push(self, ids: Sequence[int], logs: Sequence[float] | None, metrics: Event | None = None) -> Event:
+        """The event that these ids make; empty where the answer is wanted as a whole."""
+        self.ids.extend(ids)
+        self._metrics = metrics or self._metrics
+        self._push(ids, logs)
+        return self._event({"num_output_tokens": len(self.ids)}) if self._streaming else {}
+
+    def finish(self) -> Event:
+        """The last event: what was held back, or everything, and how it ended."""
         if not self.ids:
             self._push((), None)
         self._answers.finish()
@@ -114,17 +168,27 @@ class TextAnswer:
         }
         if logs is not None:
             tensors["output_log_probs"] = np.array(logs, dtype=np.float32).reshape(1, 1, -1)
+            self._logs_sum += float(np.sum(tensors["output_log_probs"], dtype=np.float64))
+            tensors["cum_log_probs"] = np.array([[self._logs_sum]], dtype=np.float32)
         self._answers.push(tensors)
 
-    def _event(self, more: Mapping[str, Any]) -> dict[str, Any]:
+    def _event(self, more: Event) -> Event:
         texts, tensors = self._answers.take(0)
         return {
-            "text_output": texts[0],
+            "text_output": self._before + texts[0],
+            "batch_index": 0,
             "sequence_index": self._index,
             "num_input_tokens": len(self._ask.ids),
             **{name: array.reshape(-1).tolist() for name, array in tensors.items()},
+            **self._metrics,
             **more,
         }
+
+
+def _one(inputs: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+    """The single value of an input."""
+    found = listed(inputs.get(name))
+    return found[0] if found else otherwise
 
 
 def _array(value: Any) -> np.ndarray[Any, Any]:
@@ -138,9 +202,3 @@ def _array(value: Any) -> np.ndarray[Any, Any]:
 def _plain(array: np.ndarray[Any, Any]) -> list[Any]:
     """A flat list: Triton takes the shape from the model's configuration."""
     return [one.decode() if isinstance(one, bytes) else one for one in array.reshape(-1).tolist()]
-
-
-def _refused(message: str) -> ApiError:
-    """As if Triton had said it."""
-    found = of_triton(400, message)
-    return found if isinstance(found, ApiError) else invalid(message)

@@ -16,6 +16,10 @@ from typing import Any
 
 Item = dict[str, Any]
 _GUIDED = ("guided_decoding_guide_type", "guided_decoding_guide")
+_METRICS = "return_perf_metrics"
+_TOLD = {"id", "model_name", "model_version", "output_ids", "sequence_length", "output_log_probs", "cum_log_probs"}
+_TOLD |= {"batch_index", "sequence_index", "num_input_tokens", "num_output_tokens"}
+"""Of an event of ``tensorrt_llm``: what is no metric."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +102,25 @@ def tokens(event: Mapping[str, Any]) -> tuple[list[int], list[float] | None]:
     return ids, None if logs is None else [float(one) for one in listed(logs)[:count]]
 
 
-def item(ids: Sequence[int], logs: Sequence[float] | None = None, finish: str | None = None) -> Item:
-    """Tokens on their way back."""
+def metrics(ask: Ask, event: Mapping[str, Any]) -> dict[str, Any]:
+    """What one event tells besides, where the client asked for it: drafts, blocks of the cache, times."""
+    if not ask.tensors.get(_METRICS):
+        return {}
+    return {name: value for name, value in event.items() if name not in _TOLD}
+
+
+def item(
+    ids: Sequence[int],
+    logs: Sequence[float] | None = None,
+    finish: str | None = None,
+    told: Mapping[str, Any] | None = None,
+) -> Item:
+    """Tokens on their way back; ``told``: ``metrics`` that came with them."""
     found: Item = {"token_ids": list(ids)}
     if logs is not None:
         found["log_probs"] = list(logs)
+    if told:
+        found["extra_args"] = {"metrics": dict(told)}
     if finish is not None:
         found["finish_reason"] = finish
     return found
@@ -118,6 +136,11 @@ def refused(found: Mapping[str, Any]) -> dict[str, Any] | None:
     """What ``refusal`` says, or None."""
     told = (found.get("extra_args") or {}).get("refusal")
     return dict(told) if told else None
+
+
+def metrics_of(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``told`` of an item."""
+    return dict((found.get("extra_args") or {}).get("metrics") or {})
 
 
 def listed(value: Any) -> list[Any]:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from toolchain.errors import ScalellmError
 from toolchain.fleet import wire
+from toolchain.fleet.dialect import Spoken
 from toolchain.fleet.plane import HEARTBEAT_S
 from toolchain.gateway.failures import ApiError, BusyError, UpstreamError
 from toolchain.gateway.settings import Timeouts, Upstream
@@ -80,7 +81,8 @@ class LostError(Exception):
 class Adapter:
     """Requests of Dynamo -> requests of one Triton."""
 
-    def __init__(self, triton: Triton, eos_ids: frozenset[int] = frozenset()) -> None:
+    def __init__(self, triton: Triton, eos_ids: frozenset[int] = frozenset(), spoken: Spoken = dict) -> None:
+        """``spoken``: the newest names of inputs -> those of this Triton's engine."""
         self.triton = triton
         self.running = 0
         self.leaving = asyncio.Event()
@@ -89,7 +91,7 @@ class Adapter:
         """Set when a look at the Triton is due."""
         self.withdrawn = asyncio.Event()
         """Set while no new requests come here, because the Triton is down."""
-        self._eos_ids = eos_ids
+        self._eos_ids, self._spoken = eos_ids, spoken
 
     async def generate(self, found: Mapping[str, Any], context: Context) -> AsyncIterator[wire.Item]:
         """The items of one answer; the last one has a finish reason. Raises LostError."""
@@ -137,7 +139,7 @@ class Adapter:
             left -= len(ids)
             ended = "eos" if ids and ids[-1] in ends else "length" if left <= 0 else None
             finish = "stop" if event is None else ended
-            yield wire.item(ids, logs, finish)
+            yield wire.item(ids, logs, finish, wire.metrics(ask, event or {}))
             if finish:
                 return
 
@@ -179,9 +181,10 @@ class Adapter:
 
     async def _open(self, ask: wire.Ask) -> Flow:
         until = time.monotonic() + (_SILENCE_S if ask.so_far else _BUSY_S)
+        inputs = self._spoken(wire.inputs(ask))
         while True:
             try:
-                return await self.triton.open(wire.inputs(ask))
+                return await self.triton.open(inputs)
             except BusyError:
                 if time.monotonic() > until:
                     raise

@@ -86,6 +86,12 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
+def refused(message: str) -> ApiError:
+    """What our Triton models' own code says of a request, where it runs in this process: as if Triton had said it."""
+    found = of_triton(400, message)
+    return found if isinstance(found, ApiError) else invalid(message)
+
+
 def too_many(message: str, *, retry_after_s: float, code: str = "rate_limit_exceeded") -> ApiError:
     """429, with the time after which it may be tried again."""
     return ApiError(429, message, kind="rate_limit_error", code=code, retry_after_s=retry_after_s)
