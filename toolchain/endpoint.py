@@ -77,6 +77,12 @@ class Endpoint:
     grpc_url: str
     model: str = "tensorrt_llm_bls"
     timeouts: Timeouts = Timeouts()
+    key: str = ""
+    """An API key, where a gateway stands in front."""
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.key}"} if self.key else {}
 
     def ready(self) -> bool:
         """Whether the server calls itself and the model ready; Triton says so of a dead model too."""
@@ -117,7 +123,7 @@ class Endpoint:
             _connect(connection, self.http_url)
             self._refuse_unknown(connection, inputs)
             clock.start()
-            connection.request("POST", path, json.dumps(inputs), {"Content-Type": "application/json"})
+            connection.request("POST", path, json.dumps(inputs), {"Content-Type": "application/json", **self._headers})
             connection.sock.settimeout(clock.left_s())
             sock, response = connection.sock, connection.getresponse()
             if response.status != 200:
@@ -143,7 +149,7 @@ class Endpoint:
         """Over HTTP, Triton silently ignores what is not an input of the model; over gRPC it refuses, as we do here."""
         if not inputs.keys() & SAMPLING.keys():
             return
-        connection.request("GET", f"/v2/models/{self.model}")
+        connection.request("GET", f"/v2/models/{self.model}", headers=self._headers)
         response = connection.getresponse()
         body = response.read()
         if response.status != 200:
@@ -160,9 +166,12 @@ class Endpoint:
         client = triton.InferenceServerClient(self.grpc_url, channel_args=_CHANNEL)
         finished = False
         try:
-            config = client.get_model_config(self.model, client_timeout=self.timeouts.connect_s).config
+            config = client.get_model_config(
+                self.model, headers=self._headers, client_timeout=self.timeouts.connect_s
+            ).config
             client.start_stream(
                 callback=lambda result, error: arrived.put((time.perf_counter(), result, error)),
+                headers=self._headers,
             )
             tensors = _tensors(inputs, batched=config.max_batch_size > 0)
             clock.start()

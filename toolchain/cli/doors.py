@@ -248,9 +248,9 @@ def conformance(
         kv_blocks=partial(ways.kv_blocks_at, f"{url.removesuffix('/v1')}/status", key),
     )
     if kserve_http:
-        asked.append(ways.Kserve(Endpoint(kserve_http, ""), "http"))
+        asked.append(ways.Kserve(Endpoint(kserve_http, "", key=key or ""), "http"))
     if kserve_grpc:
-        asked.append(ways.Kserve(Endpoint("", kserve_grpc), "grpc"))
+        asked.append(ways.Kserve(Endpoint("", kserve_grpc, key=key or ""), "grpc"))
     found = []
     for finding in stage.conformance(asked, beside):
         found.append(finding)

@@ -62,6 +62,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
     _add_status(app, service)
     if service.settings.page:
         page.add(app)
+    _add_kserve(app, service)
     doors, names = _Doors(service), service.settings.model.names
 
     @app.post("/v1/chat/completions", openapi_extra=schema.body_of(ChatBody, names), responses=schema.CHAT)
@@ -71,6 +72,15 @@ def _add_openai(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", openapi_extra=schema.body_of(CompletionBody, names), responses=schema.COMPLETION)
     async def completions(http: Request) -> Response:
         return await service.visit(http, "completions", doors.completion)
+
+
+def _add_kserve(app: FastAPI, service: Service) -> None:
+    if service.settings.kserve is None:
+        return
+    from toolchain.gateway import kserve
+    from toolchain.gateway.kserve_contract import Contract
+
+    kserve.add(app, service, Contract.read(service.settings.kserve))
 
 
 def _add_models(app: FastAPI, service: Service) -> None:

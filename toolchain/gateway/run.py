@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
@@ -24,6 +25,9 @@ from toolchain.gateway.logs import Log, libraries_into
 from toolchain.gateway.protocol import Patient
 from toolchain.gateway.service import MakeEngines, Service
 from toolchain.gateway.settings import Settings
+
+if TYPE_CHECKING:
+    from toolchain.gateway.kserve_grpc import Door
 
 _DRAIN_S = 30
 _KEEP_ALIVE_S = 30
@@ -43,6 +47,8 @@ class Listen:
     key: Path | None = None
     insecure_open: bool = False
     """Allows an address beyond this machine without any API key."""
+    grpc_port: int | None = None
+    """KServe over gRPC, where the settings have it; None: not."""
 
     @property
     def urls(self) -> dict[str, str]:
@@ -50,11 +56,11 @@ class Listen:
         scheme = "https" if self.cert else "http"
         host = f"[{self.host}]" if ":" in self.host else self.host
         found = {"OpenAI": f"{scheme}://{host}:{self.port}/v1"}
-        return (
-            found
-            if self.predict_port is None
-            else found | {"/predict": f"{scheme}://{host}:{self.predict_port}/predict"}
-        )
+        if self.predict_port is not None:
+            found["/predict"] = f"{scheme}://{host}:{self.predict_port}/predict"
+        if self.grpc_port is not None:
+            found |= {"KServe": f"{scheme}://{host}:{self.port}/v2", "KServe gRPC": f"{host}:{self.grpc_port}"}
+        return found
 
 
 def check(settings: Settings, listen: Listen) -> None:
@@ -134,7 +140,7 @@ class _Gateway:
 
     def __init__(self, settings: Settings, listen: Listen, log: Log, engines: MakeEngines | None) -> None:
         self._settings, self._listen, self._log, self._engines = settings, listen, log, engines
-        self._servers: list[uvicorn.Server] = []
+        self._servers: list[_Server | Door] = []
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run(self, sockets: list[socket.socket], on_ready: Callable[[Listen], None], *, signals: bool) -> None:
@@ -144,11 +150,11 @@ class _Gateway:
                 self._loop.add_signal_handler(number, self._stop)
         with libraries_into(self._log):
             async with Service(self._settings, self._log, self._engines) as service:
-                apps = _apps(service, self._listen)
-                self._servers = [_Server(self._config(app)) for app in apps]
-                tasks = [
-                    asyncio.create_task(server.serve([one])) for server, one in zip(self._servers, sockets, strict=True)
-                ]
+                servers = [_Server(self._config(app)) for app in _apps(service, self._listen)]
+                doors = [] if self._listen.grpc_port is None else [_grpc_door(service, self._listen)]
+                self._servers = [*servers, *doors]
+                tasks = [asyncio.create_task(server.serve([one])) for server, one in zip(servers, sockets, strict=True)]
+                tasks += [asyncio.create_task(door.serve()) for door in doors]
                 while not all(server.started for server in self._servers) and not any(task.done() for task in tasks):
                     await asyncio.sleep(0.01)
                 if all(server.started for server in self._servers):
@@ -191,6 +197,17 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def _grpc_door(service: Service, listen: Listen) -> Door:
+    """Bound. Raises EndpointError."""
+    from toolchain.gateway.kserve_grpc import Door
+
+    assert listen.grpc_port is not None
+    door = Door(service)
+    pair = (listen.cert, listen.key) if listen.cert is not None and listen.key is not None else None
+    door.bind(listen.host, listen.grpc_port, pair)
+    return door
 
 
 @contextmanager

@@ -37,6 +37,7 @@ MakeEngines = Callable[[Settings, Callable[[str, str], None]], Engines]
 """Settings and what is called with (name, why) when a request is asked again -> what is behind a gateway."""
 
 Work = Callable[[dict[str, Any], Visit], Awaitable[Response]]
+Refuse = Callable[[ApiError], Response]
 
 
 class Service:
@@ -72,8 +73,10 @@ class Service:
             self.metrics.up.labels(triton.upstream.http_url).set_function(functools.partial(_is_up, triton))
         return Pool(tritons, settings.timeouts, session, queue_s=settings.limits.queue_s, on_retry=on_retry)
 
-    async def visit(self, http: HttpRequest, route: str, work: Work) -> Response:
-        """A request with a body -> its answer. Every failure becomes one of OpenAI's error objects."""
+    async def visit(self, http: HttpRequest, route: str, work: Work, refuse: Refuse | None = None) -> Response:
+        """A request with a body -> its answer. Every failure becomes one of OpenAI's error objects, or what ``refuse``
+        makes of it.
+        """
         visit = Visit(self, http, route)
         failure: ApiError | None = None
         try:
@@ -81,22 +84,22 @@ class Service:
         except GoneError:
             response = Response(status_code=499)
         except Exception as error:
-            failure = self._failure(visit, error)
-            response = error_response(failure)
+            failure = self.failure(visit, error)
+            response = (refuse or error_response)(failure)
         response.headers["X-Request-Id"] = visit.id
         if not isinstance(response, EventStream):
             gone = "client gone" if response.status_code == 499 else None
-            visit.end(response.status_code, _for_the_log(failure) if failure else gone)
+            visit.end(response.status_code, for_the_log(failure) if failure else gone)
         return response
 
-    def _failure(self, visit: Visit, error: Exception) -> ApiError:
+    def failure(self, visit: Visit, error: Exception) -> ApiError:
         """What a client is told of an exception; of one that nobody foresaw, only that it is in the log."""
         if isinstance(error, ApiError):
             return error
         if isinstance(error, (UpstreamError, BusyError)):
             return unavailable(f"the engine's server failed: {error}")
         if isinstance(error, TimeoutError):
-            return _too_late()
+            return too_late()
         self.log.write("bug", id=visit.id, route=visit.route, traceback="".join(traceback.format_exception(error)))
         return ApiError(500, "an error of this gateway; its log has the details", kind="server_error")
 
@@ -152,7 +155,7 @@ class Service:
             events,
             deadline=visit.deadline,
             write_s=timeouts.write_s,
-            late=_error_event(_too_late()),
+            late=_error_event(too_late()),
             on_end=lambda why: visit.end(200, why),
         )
 
@@ -269,7 +272,8 @@ def _is_up(triton: Triton) -> float:
     return float(triton.up)
 
 
-def _too_late() -> ApiError:
+def too_late() -> ApiError:
+    """504: the deadline has passed."""
     return ApiError(504, "the request took too long", kind="server_error", code="timeout")
 
 
@@ -277,7 +281,7 @@ def _error_event(error: ApiError) -> bytes:
     return b"data: " + json.dumps(error.body()).encode() + b"\n\n"
 
 
-def _for_the_log(failure: ApiError) -> str:
+def for_the_log(failure: ApiError) -> str:
     """A client's mistakes by their code: the message may quote what the client wrote."""
     return failure.message if failure.status >= 500 else failure.code or failure.kind
 

@@ -121,3 +121,7 @@ class Settings:
     log_prompts: bool = False
     page: bool = True
     """Whether ``/`` is a page."""
+    kserve: Path | None = None
+    """The config.pbtxt of the model as KServe's clients know it; without one there are no KServe doors here: where
+    there is one Triton, it has its own.
+    """
