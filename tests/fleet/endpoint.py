@@ -40,17 +40,17 @@ class Replica:
 
     def __init__(self, repository: Path, work: Path, discovery: Path) -> None:
         work.mkdir()
-        self.work, self._ports = work, free_ports()
+        self.work, self.ports = work, free_ports()
         self._repository = repository
         self.triton = self._supervisor()
-        url = f"http://127.0.0.1:{self._ports.http}"
+        url = f"http://127.0.0.1:{self.ports.http}"
         card, state = str(discovery.parent / "card"), str(work / "state.json")
         self.spec = Spec(ENDPOINT, str(discovery), url, str(repository), card, 5.0, state=state)
         self.worker: runner.Process | None = None
 
     def _supervisor(self) -> Supervisor:
         server = find_server("bundled", environ=os.environ)
-        return Supervisor(server, self._repository, self._ports, log=self.work / "triton.log", exit_timeout_s=3)
+        return Supervisor(server, self._repository, self.ports, log=self.work / "triton.log", exit_timeout_s=3)
 
     def start(self) -> None:
         self.triton.start()
@@ -112,11 +112,11 @@ def endpoint(repository: Path, tokenizer: Path, work: Path, count: int = 2) -> I
             stack.callback(replica.kill)
             replica.start()
         texts = Texts(repository / TOKENIZER, Parameters.of(Repository.open(repository).parameters))
-        port, predict_port = unused_ports(2)
-        settings = settings_for(tokenizer)
+        port, predict_port, grpc_port = unused_ports(3)
+        settings = settings_for(tokenizer, kserve=repository / "tensorrt_llm_bls" / "config.pbtxt")
         settings = replace(settings, timeouts=replace(settings.timeouts, patience_s=30))
         stream = io.StringIO()
-        listen = Listen(port=port, predict_port=predict_port)
+        listen = Listen(port=port, predict_port=predict_port, grpc_port=grpc_port)
         bound = stack.enter_context(background(settings, listen, log=Log(stream), engines=engines(plane, texts, 200)))
         found = Endpoint(replicas, Gateway(bound, settings, stream))
         until(lambda: found.workers() == count, 60)

@@ -49,6 +49,7 @@ def test_what_is_left_out_has_a_value_and_what_is_not_obeyed_is_said(tmp_path: P
         ("recipes: [tiny]\n", r"endpoint: is required"),
         ("endpoint: a\nrecipes: [tiny]\nreplicas: {min: 3, max: 2}\n", r"yaml:3: replicas.max: 2 is less than min, 3"),
         ("endpoint: a\nrecipes: [tiny]\nports: {openai: 2345}\n", r"ports.predict: the same port as openai"),
+        ("endpoint: a\nrecipes: [tiny]\nports: {grpc: 8080}\n", r"ports.grpc: the same port as openai"),
         ("endpoint: a\nrecipes: [tiny]\ndrain_seconds: -1\n", r"yaml:3: drain_seconds"),
     ],
 )

@@ -18,7 +18,8 @@ from tests.e2e.test_triton_models import CAPITAL, JAPAN
 from tests.fleet.endpoint import Endpoint, Replica, signal_worker, until
 from tests.gateway.behind_gateway import gateway, settings_for
 from tests.gateway.test_doors import COUNT, post, until_ready
-from toolchain.measuring.conformance_doors import Json
+from toolchain.endpoint import Endpoint as Door
+from toolchain.measuring.conformance_doors import Json, Kserve
 from toolchain.stages.conformance import Beside, conformance
 
 pytestmark = pytest.mark.timeout(180)
@@ -44,7 +45,11 @@ def test_every_door_answers_as_a_service_of_one_triton_does(running: Endpoint) -
     completion = Json("OpenAI", f"{url}/completions", "parrot", None)
     predict = Json("/predict", running.gateway.predict_url, "parrot", None)
     beside = Beside(chat=Json("chat", f"{url}/chat/completions", "parrot", None), predict=predict)
-    found = list(conformance([completion, predict], beside))
+    kserve = [
+        Kserve(Door(running.gateway.root, ""), "http"),
+        Kserve(Door("", f"127.0.0.1:{running.gateway.listen.grpc_port}"), "grpc"),
+    ]
+    found = list(conformance([completion, predict, *kserve], beside))
     assert found
     assert [one for one in found if not one.passed] == []
 

@@ -38,7 +38,7 @@ def deploy() -> None:
       replicas: {min: 2}        # this release keeps this number
       drain_seconds: 30
       max_queue: 64
-      ports: {openai: 8080, predict: 2345}
+      ports: {openai: 8080, predict: 2345, grpc: 8001}
       conformance: true         # each replica is checked before it takes requests
 
     \b
@@ -84,12 +84,14 @@ def up(file: Path, local: bool, work: Path, keys: Path | None, json_output: bool
         work=work,
         keys=keys,
         max_queue=deployment.max_queue,
+        kserve=repositories[0] / gateway.TRITON_MODEL / "config.pbtxt",
     )
     listen = doors.listen_of(
         host=deployment.host,
         port=ports.openai,
         predict_port=ports.predict or 0,
         no_predict=not ports.predict,
+        grpc_port=ports.grpc or None,
         insecure_open=flags["insecure_open"],
     )
     check(settings, listen)

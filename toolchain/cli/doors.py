@@ -372,6 +372,7 @@ def settings_of(
     fedml_compat: Any = "json",
     log_prompts: bool = False,
     no_page: bool = False,
+    kserve: Path | None = None,
     **_others: Any,
 ) -> Settings:
     from toolchain.gateway.settings import Limits, Settings, Timeouts
@@ -385,6 +386,7 @@ def settings_of(
         fedml_compat=fedml_compat,
         log_prompts=log_prompts,
         page=not no_page,
+        kserve=kserve,
     )
 
 
@@ -397,18 +399,19 @@ def listen_of(
     tls_cert: Path | None = None,
     tls_key: Path | None = None,
     insecure_open: bool = False,
+    grpc_port: int | None = None,
     **_others: Any,
 ) -> Listen:
     from toolchain.gateway.run import Listen
 
-    return Listen(host, port, None if no_predict else predict_port, tls_cert, tls_key, insecure_open)
+    return Listen(host, port, None if no_predict else predict_port, tls_cert, tls_key, insecure_open, grpc_port)
 
 
 def announce(screen: Screen, listen: Listen, settings: Settings) -> None:
     name = settings.model.name
     screen.say(f"The gateway is open for the model {name}.")
     for door, url in {**listen.urls, **_page(listen, settings)}.items():
-        screen.say(f"  {door:<8} {url}")
+        screen.say(f"  {door:<11} {url}")
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 32}}'
     screen.say(f"Try:\n  curl {listen.urls['OpenAI']}/chat/completions -d '{body}'\nCtrl-C stops it.")
 

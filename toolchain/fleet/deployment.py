@@ -27,8 +27,11 @@ class Ports(Section):
     """Where clients ask."""
 
     openai: Port = 8080
+    """KServe over HTTP too, under ``/v2``."""
     predict: Port | Literal[False] = 2345
     """FEDML's ``/predict``; false for none."""
+    grpc: Port | Literal[False] = 8001
+    """KServe over gRPC; false for none."""
 
 
 class Deployment(Section):
@@ -85,6 +88,8 @@ def _contradictions(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], 
         yield ("replicas", "max"), f"{most} is less than min, {least}"
     if "openai" in ports and ports["openai"] == ports.get("predict", 2345):
         yield ("ports", "predict"), "the same port as openai"
+    if (grpc := ports.get("grpc", 8001)) in (ports.get("openai", 8080), ports.get("predict", 2345)) and grpc:
+        yield ("ports", "grpc"), "the same port as openai or predict"
 
 
 def _section(data: Mapping[str, Any], key: str) -> dict[str, Any]:
