@@ -14,7 +14,7 @@ import pytest
 
 from tests.registry.packages import sha256
 from tests.test_admission import TEXT, repository_of
-from toolchain import accuracy, workspace
+from toolchain import accuracy, running, workspace
 from toolchain.admission import ENGINE, Asked, check_engine
 from toolchain.engine import Engine
 from toolchain.errors import ArtifactError, RecipeError, RejectedError
@@ -234,7 +234,7 @@ def test_a_model_is_deployed_for_as_long_as_its_process_lives(tmp_path: Path) ->
         with pytest.raises(ArtifactError, match=f"is deployed .pid {process.pid}"), deployment.hold(model):
             pass
         assert standing(model.home, "parrot").state == "deployed"
-    assert (model.folder / deployment.FILE).exists()  # what a kill leaves counts for nothing
+    assert (model.folder / running.STATE).exists()  # what a kill leaves counts for nothing
     assert deployment.deployed(model) is None
     assert not deployment.stop(model)
 
