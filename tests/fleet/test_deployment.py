@@ -90,7 +90,7 @@ def test_what_dies_is_started_again_and_nothing_is_left_at_the_end(
         replica = endpoint.replicas[0]
         until(lambda: replica.state()["state"] == "ready", 120)
         endpoint.tell("running")
-        assert [found["endpoint"] for found in deploy.running(tmp_path)] == ["parrot"]
+        assert [found["endpoint"] for found in deploy.all_running(tmp_path)] == ["parrot"]
         with (
             pytest.raises(EndpointError, match="runs already"),
             deploy.local(asked, [repository], place, progress=Silent()),
@@ -105,4 +105,4 @@ def test_what_dies_is_started_again_and_nothing_is_left_at_the_end(
             seen |= set(replica.state()["pids"].values())
     assert len(seen) == 4
     assert not any(psutil.pid_exists(pid) for pid in seen)
-    assert deploy.running(tmp_path) == []
+    assert deploy.all_running(tmp_path) == []

@@ -121,7 +121,7 @@ def status(work: Path, json_output: bool, verbose: int) -> None:
     from toolchain.stages import deploy as stage
 
     screen = open_screen(json_output, verbose)
-    found = stage.running(work)
+    found = stage.all_running(work)
     screen.emit(found)
     for endpoint in found:
         screen.say(f"{endpoint['endpoint']}: {endpoint['state']}, port {endpoint['ports']['openai']}")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain import runner, workspace
+from toolchain import runner, running
 from toolchain.errors import ArtifactError, EndpointError, ScalellmError
 from toolchain.progress import Progress
 from toolchain.servers.triton.locate import find_server
@@ -37,7 +37,6 @@ _BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0)
 _STEADY_S = 60.0
 _POLL_S = 0.2
 _KILL_MARGIN_S = 10.0
-STATE = "deployment.json"
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,8 @@ class Place:
         return Plane(self.folder / "discovery", endpoint)
 
     def read(self) -> dict[str, Any] | None:
-        """The state file; None where no endpoint runs."""
-        with contextlib.suppress(FileNotFoundError):
-            found: dict[str, Any] = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
-            return found if lives(int(found["pid"]), str(found["begun"])) else None
-        return None
+        """What the endpoint says of itself; None where none runs."""
+        return running.Place(self.folder).state()
 
 
 class Replica:
@@ -175,8 +171,11 @@ class Replica:
 class Local:
     """A running endpoint of this machine."""
 
-    def __init__(self, deployment: Deployment, place: Place, replicas: Sequence[Replica], engines: MakeEngines) -> None:
-        self.deployment, self.place, self.replicas = deployment, place, replicas
+    def __init__(
+        self, deployment: Deployment, record: running.Record, replicas: Sequence[Replica], engines: MakeEngines
+    ) -> None:
+        self.deployment, self.replicas = deployment, replicas
+        self._record = record
         self.engines = engines
         """For the gateway in front."""
         self.asked = threading.Event()
@@ -192,17 +191,14 @@ class Local:
 
     def tell(self, state: str) -> None:
         """Write the state file, whole or not at all."""
-        found = {
-            "endpoint": self.deployment.endpoint,
-            "state": state,
-            "pid": os.getpid(),
-            "begun": begun_of(os.getpid()),
-            "replicas": [replica.state() for replica in self.replicas],
-            "ports": self.deployment.ports.model_dump(),
-        }
-        text = json.dumps(found, indent=2)
-        if not (file := self.place.folder / STATE).exists() or file.read_text(encoding="utf-8") != text:
-            workspace.write_durably(file, text.encode())
+        self._record(
+            {
+                "endpoint": self.deployment.endpoint,
+                "state": state,
+                "replicas": [replica.state() for replica in self.replicas],
+                "ports": self.deployment.ports.model_dump(),
+            }
+        )
 
 
 @contextmanager
@@ -218,16 +214,33 @@ def local(
     SIGTERM set ``asked``; a second one ends the drain. ``check`` is called for each server before its worker starts.
     Raises ScalellmError.
     """
-    from toolchain.fleet import front, membership
     from toolchain.fleet.plane import require
+
+    require()
+    runs = EndpointError(
+        f"the endpoint {deployment.endpoint} runs already", hint=f"scalellm deploy down {deployment.endpoint}"
+    )
+    _make(place)
+    with (
+        running.Place(place.folder).hold(lambda: runs) as record,
+        _opened(deployment, repositories, place, record, progress, check) as found,
+    ):
+        yield found
+
+
+@contextmanager
+def _opened(
+    deployment: Deployment,
+    repositories: Sequence[Path],
+    place: Place,
+    record: running.Record,
+    progress: Progress,
+    check: Callable[[ServingInfo], None] | None,
+) -> Iterator[Local]:
+    from toolchain.fleet import front, membership
     from toolchain.fleet.texts import Parameters, Texts
     from toolchain.repository import Repository
 
-    require()
-    if place.read() is not None:
-        raise EndpointError(
-            f"the endpoint {deployment.endpoint} runs already", hint=f"scalellm deploy down {deployment.endpoint}"
-        )
     passports = [membership.checked_passport(one, "") for one in repositories]
     identity = membership.identity(passports[0])
     for repository in repositories[1:]:
@@ -236,7 +249,7 @@ def local(
     if limits.max_input_len < limits.max_seq_len - 1:
         most = limits.max_input_len
         progress.note(f"note: an answer is continued elsewhere up to {most} tokens with its prompt (max_input_len)")
-    _prepare(place)
+    _clear(place)
     membership.write_card(repositories[0], passports[0], place.folder / "card")
     texts = Texts(repositories[0] / membership.TOKENIZER, Parameters.of(Repository.open(repositories[0]).parameters))
     replicas = [
@@ -244,7 +257,7 @@ def local(
         for number in range(1, deployment.count + 1)
     ]
     room = sum(int(Repository.open(one.repository).parameters["bls_max_concurrent_requests"]) for one in replicas)
-    found = Local(deployment, place, replicas, front.engines(place.plane(deployment.endpoint), texts, room))
+    found = Local(deployment, record, replicas, front.engines(place.plane(deployment.endpoint), texts, room))
     with _signals(found.asked):
         try:
             for replica in replicas:
@@ -255,52 +268,33 @@ def local(
             _all(replica.stop for replica in replicas)
         finally:
             _all(replica.kill for replica in replicas)
-            (place.folder / STATE).unlink(missing_ok=True)
 
 
 def down(place: Place, timeout_s: float) -> bool:
     """Ask a running endpoint to end and wait for it; False where none runs. Raises EndpointError when it does not."""
-    found = place.read()
-    if found is None:
-        return False
-    os.kill(int(found["pid"]), signal.SIGTERM)
-    until = time.monotonic() + timeout_s
-    while lives(int(found["pid"]), str(found["begun"])):
-        if time.monotonic() > until:
-            raise EndpointError(f"process {found['pid']} did not end within {timeout_s:g} s")
-        time.sleep(_POLL_S)
-    return True
+    return running.Place(place.folder).end(timeout_s)
 
 
-def running(work: Path) -> list[dict[str, Any]]:
-    """The endpoints of this machine that run, by their state files."""
-    files = sorted((work / "endpoints").glob(f"*/{STATE}"))
-    return [found for file in files if (found := Place(file.parent.resolve()).read()) is not None]
+def all_running(work: Path) -> list[dict[str, Any]]:
+    """What the endpoints of this machine say of themselves that run."""
+    places = (Place(folder.resolve()) for folder in sorted((work / "endpoints").glob("*")))
+    return [found for place in places if "endpoint" in (found := place.read() or {})]
 
 
-def begun_of(pid: int) -> str:
-    """When a process began, in the kernel's words: with its id, it is one process for ever. Empty where it is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-
-
-def lives(pid: int, begun: str) -> bool:
-    """Whether it is still that process."""
-    return bool(begun) and begun_of(pid) == begun
-
-
-def _prepare(place: Place) -> None:
-    """An empty private folder; what an endpoint before it left there would be found as workers."""
+def _make(place: Place) -> None:
+    """A private folder."""
     try:
         place.folder.mkdir(parents=True, exist_ok=True)
         place.folder.chmod(0o700)
-        for name in ("discovery", "card"):
-            shutil.rmtree(place.folder / name, ignore_errors=True)
-            (place.folder / name).mkdir()
     except OSError as error:
         raise ArtifactError(f"{place.folder}: cannot be written: {error.strerror}") from error
+
+
+def _clear(place: Place) -> None:
+    """What an endpoint before this one left there would be found as workers."""
+    for name in ("discovery", "card"):
+        shutil.rmtree(place.folder / name, ignore_errors=True)
+        (place.folder / name).mkdir()
 
 
 def _all(calls: Iterable[Callable[[], None]]) -> None:
