@@ -17,6 +17,7 @@ from toolchain.cli import (
     deploying,
     doors,
     finding,
+    ledger,
     making,
     measuring,
     model,
@@ -45,7 +46,7 @@ def verbs() -> None:
 for _verb in (
     *(choosing.init, choosing.plan, making.commands, making.quantize, making.convert, making.build, making.package),
     *(serving.serve, serving.infer, doors.gateway, deploying.deploy, doors.conformance, model.model),
-    *(verifying.verify, measuring.bench, money.score),
+    *(verifying.verify, measuring.bench, money.score, ledger.ledger),
     *(finding.recipes, finding.inspect, finding.import_, finding.doctor, finding.completion),
 ):
     verbs.add_command(_verb)
