@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, Self
 
 from toolchain.fleet import wire
+from toolchain.fleet.meter import Meter
 from toolchain.fleet.plane import MIGRATIONS, Plane
 from toolchain.fleet.texts import OUTPUTS, TextAnswer, Texts
 from toolchain.gateway.failures import ApiError, UpstreamError, too_many, unavailable
@@ -34,9 +35,17 @@ class Fleet:
     """Satisfies ``gateway.engines.Engines``."""
 
     def __init__(
-        self, plane: Plane, texts: Texts, settings: Settings, *, room: int, on_retry: Callable[[str, str], None]
+        self,
+        plane: Plane,
+        texts: Texts,
+        settings: Settings,
+        *,
+        room: int,
+        on_retry: Callable[[str, str], None],
+        meter: Meter | None = None,
     ) -> None:
         self._plane, self._texts, self._room = plane, texts, room
+        self._meter = meter or Meter(None)
         self._timeouts, self._queue_s = settings.timeouts, settings.limits.queue_s
         self._on_retry = on_retry
         self._routed: Any = None
@@ -161,6 +170,7 @@ class Fleet:
         full_until, lost = loop.time() + self._queue_s, 0
         nobody_until = loop.time() + self._timeouts.patience_s
         told = False
+        booking = self._meter.booking(ask.prompt_tokens, counted=answer.index == 0)
         while True:
             taken = False
             rest = replace(ask, ids=(*ask.ids, *answer.ids), max_tokens=ask.max_tokens - len(answer.ids))
@@ -168,6 +178,7 @@ class Fleet:
                 async with contextlib.aclosing(self.items(rest)) as items:
                     async for item in items:
                         taken = True
+                        booking.see(item)
                         if item.get("token_ids"):
                             yield answer.push(item["token_ids"], item.get("log_probs"), wire.metrics_of(item))
                         if item.get("finish_reason") or answer.stopped:
@@ -258,11 +269,13 @@ class FleetFlow:
             answer.cancel()
 
 
-def engines(plane: Plane, texts: Texts, room: int) -> MakeEngines:
-    """What a ``gateway.service.Service`` is given to stand in front of an endpoint."""
+def engines(plane: Plane, texts: Texts, room: int, meter: Meter | None = None) -> MakeEngines:
+    """What a ``gateway.service.Service`` is given to stand in front of an endpoint. ``meter`` is told whose tokens it
+    got.
+    """
 
     def make(settings: Settings, on_retry: Callable[[str, str], None]) -> Fleet:
-        return Fleet(plane, texts, settings, room=room, on_retry=on_retry)
+        return Fleet(plane, texts, settings, room=room, on_retry=on_retry, meter=meter)
 
     return make
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import shutil
 import signal
 from collections.abc import AsyncIterator
@@ -16,6 +15,7 @@ from toolchain import workspace
 from toolchain.admission import passport_of
 from toolchain.engine import Passport
 from toolchain.errors import ArtifactError, EndpointError
+from toolchain.fleet.bulletin import Bulletin
 from toolchain.fleet.dialect import dialect
 from toolchain.fleet.plane import Plane
 from toolchain.fleet.worker import Adapter, LostError, Spec, make_triton
@@ -64,12 +64,15 @@ async def serve(spec: Spec) -> None:
         loop.add_signal_handler(number, asked.set)
     timeouts = Timeouts()
     async with make_session(timeouts) as session:
-        triton = make_triton(spec.triton_url, session, timeouts)
+        triton = make_triton(
+            spec.triton_url, session, timeouts, metrics_url=spec.metrics_url, status_file=spec.status_file
+        )
         await _first_token(triton, asked)
         if not asked.is_set():
             spoken = dialect(Repository.open(repository).parameters)
-            await _offer(spec, Adapter(triton, frozenset(passport.eos_token_ids), spoken), passport, asked)
-    _tell(spec, "ended")
+            adapter = Adapter(triton, frozenset(passport.eos_token_ids), spoken, replica=spec.replica)
+            await _offer(spec, adapter, Bulletin(spec.state, adapter), passport, asked)
+    Bulletin(spec.state).tell("ended")
 
 
 async def _first_token(triton: Any, asked: asyncio.Event) -> None:
@@ -80,7 +83,7 @@ async def _first_token(triton: Any, asked: asyncio.Event) -> None:
         await asyncio.sleep(_LOOK_S)
 
 
-async def _offer(spec: Spec, adapter: Adapter, passport: Passport, asked: asyncio.Event) -> None:
+async def _offer(spec: Spec, adapter: Adapter, bulletin: Bulletin, passport: Passport, asked: asyncio.Event) -> None:
     """Registered for as long as the Triton generates; returns after the drain."""
     plane = Plane(Path(spec.discovery), spec.endpoint)
     runtime = plane.runtime()
@@ -99,7 +102,7 @@ async def _offer(spec: Spec, adapter: Adapter, passport: Passport, asked: asynci
         if asked.is_set():
             return
         await (endpoint.register_endpoint_instance() if up else endpoint.unregister_endpoint_instance())
-        _tell(spec, "ready" if up else "down", adapter.triton.why_down if not up else "")
+        bulletin.tell("ready" if up else "down", adapter.triton.why_down if not up else "")
 
     await register_model(
         ModelInput.Tokens,
@@ -113,15 +116,17 @@ async def _offer(spec: Spec, adapter: Adapter, passport: Passport, asked: asynci
     )
     serving = asyncio.ensure_future(endpoint.serve_endpoint(generate))
     looking = asyncio.create_task(adapter.look_after(on_change))
-    _tell(spec, "ready")
+    bulletin.tell("ready")
+    telling = asyncio.create_task(bulletin.keep())
     waiting = asyncio.create_task(asked.wait())
     await asyncio.wait({serving, looking, waiting}, return_when=asyncio.FIRST_COMPLETED)
     for task in (serving, looking):
         if task.done() and not asked.is_set():
             task.result()
-    _tell(spec, "draining")
+    bulletin.tell("draining")
     await _drain(endpoint, adapter, spec.drain_s)
     looking.cancel()
+    telling.cancel()
     runtime.shutdown()
     with contextlib.suppress(Exception):
         async with asyncio.timeout(_END_S):
@@ -156,10 +161,3 @@ def write_card(repository: Path, passport: Passport, folder: Path) -> None:
         "max_position_embeddings": passport.limits.max_seq_len,
     }
     workspace.write_durably(folder / "config.json", json.dumps(config).encode())
-
-
-def _tell(spec: Spec, state: str, why: str = "") -> None:
-    """Write the state file, whole or not at all."""
-    if spec.state:
-        text = json.dumps({"state": state, "why": why, "pid": os.getpid()})
-        workspace.write_durably(Path(spec.state), text.encode())

@@ -129,7 +129,7 @@ class TextAnswer:
 
     def __init__(self, answers: Any, ask: Ask, index: int, *, streaming: bool = True, before: str = "") -> None:
         """``before``: the text in front of an answer that is given as a whole."""
-        self._answers, self._ask, self._index = answers, ask, index
+        self._answers, self._ask, self.index = answers, ask, index
         self._streaming, self._before = streaming, before
         self._logs_sum = 0.0
         self._metrics: Event = {}
@@ -177,7 +177,7 @@ class TextAnswer:
         return {
             "text_output": self._before + texts[0],
             "batch_index": 0,
-            "sequence_index": self._index,
+            "sequence_index": self.index,
             "num_input_tokens": len(self._ask.ids),
             **{name: array.reshape(-1).tolist() for name, array in tensors.items()},
             **self._metrics,

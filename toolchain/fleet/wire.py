@@ -3,7 +3,8 @@
 Request: Dynamo's ``PreprocessedRequest``. Dynamo itself reads and changes ``token_ids`` and
 ``stop_conditions.max_tokens``: after a worker was lost, the next one gets the prompt and the tokens so far, and
 ``max_tokens`` less by as many. Everything else travels in ``extra_args``, which it passes on.
-Item: Dynamo's ``LLMEngineOutput``; one without tokens only says that the worker lives. A refusal is one item with
+Item: Dynamo's ``LLMEngineOutput``; one without tokens only says that the worker lives, and the first one of a worker
+also its replica's name, in ``extra_args``: so the gateway knows whose tokens follow. A refusal is one item with
 ``extra_args`` and a finish reason, since it must not be tried on another worker.
 Source of the names: ai-dynamo-runtime 1.6.1, read 2026-11. It knows nothing of Dynamo's objects.
 """
@@ -124,6 +125,17 @@ def item(
     if finish is not None:
         found["finish_reason"] = finish
     return found
+
+
+def begun(replica: str) -> Item:
+    """A worker's first item: this replica has taken the request."""
+    return {"token_ids": [], "extra_args": {"replica": replica}}
+
+
+def replica_of(found: Mapping[str, Any]) -> str | None:
+    """What ``begun`` says, or None."""
+    told = (found.get("extra_args") or {}).get("replica")
+    return told if isinstance(told, str) else None
 
 
 def refusal(status: int, message: str, param: str | None = None, code: str | None = None) -> Item:

@@ -58,6 +58,12 @@ class Spec:
     """Of the model that all replicas of the endpoint must have; see ``identity``."""
     state: str = ""
     """The file in which it says how it is."""
+    replica: str = ""
+    """Its name in the endpoint: what it generates is booked to it."""
+    metrics_url: str = ""
+    """Of its Triton."""
+    status_file: str = ""
+    """In which its engine writes what it is doing."""
 
     @classmethod
     def read(cls, file: Path) -> Spec:
@@ -81,10 +87,13 @@ class LostError(Exception):
 class Adapter:
     """Requests of Dynamo -> requests of one Triton."""
 
-    def __init__(self, triton: Triton, eos_ids: frozenset[int] = frozenset(), spoken: Spoken = dict) -> None:
+    def __init__(
+        self, triton: Triton, eos_ids: frozenset[int] = frozenset(), spoken: Spoken = dict, replica: str = ""
+    ) -> None:
         """``spoken``: the newest names of inputs -> those of this Triton's engine."""
-        self.triton = triton
-        self.running = 0
+        self.triton, self.replica = triton, replica
+        self.running = self.requests = self.tokens = 0
+        """At work just now; taken, and generated, since its start."""
         self.leaving = asyncio.Event()
         """Set when the drain time is over: what still runs is handed over."""
         self.doubt = asyncio.Event()
@@ -100,6 +109,7 @@ class Adapter:
             yield wire.refusal(502, "the engine was lost, and an answer that follows a guide cannot be continued")
             return
         self.running += 1
+        self.requests += 1
         events: asyncio.Queue[Any] = asyncio.Queue()
         pump = asyncio.create_task(self._pump(ask, events))
         try:
@@ -124,7 +134,7 @@ class Adapter:
         """Says at least every half second that it lives. Ends early when the client has gone."""
         left = ask.max_tokens
         ends = self._eos_ids if ask.end_id in self._eos_ids else frozenset({ask.end_id})
-        yield wire.item([])
+        yield wire.begun(self.replica)
         while not context.is_stopped():
             try:
                 async with asyncio.timeout(HEARTBEAT_S):
@@ -137,6 +147,7 @@ class Adapter:
                 raise event
             ids, logs = wire.tokens(event) if event is not None else ([], None)
             left -= len(ids)
+            self.tokens += len(ids)
             ended = "eos" if ids and ids[-1] in ends else "length" if left <= 0 else None
             finish = "stop" if event is None else ended
             yield wire.item(ids, logs, finish, wire.metrics(ask, event or {}))
@@ -216,9 +227,10 @@ def _quiet_s(triton: Triton) -> float:
     return time.monotonic() - triton.last_good_s
 
 
-def make_triton(url: str, session: Any, timeouts: Timeouts) -> Triton:
+def make_triton(url: str, session: Any, timeouts: Timeouts, *, metrics_url: str = "", status_file: str = "") -> Triton:
     """The engine's own model behind one Triton; probed with one token of it."""
-    return Triton(Upstream(url), ENGINE_MODEL, session, timeouts, probe_inputs=_PROBE)
+    upstream = Upstream(url, metrics_url or None, Path(status_file) if status_file else None)
+    return Triton(upstream, ENGINE_MODEL, session, timeouts, probe_inputs=_PROBE)
 
 
 def main() -> int:

@@ -1,0 +1,258 @@
+"""Who served what: counts the tokens of every answer for the replica that gave them, and books them in the ledger.
+
+The gateway counts what it has got itself; a node's word is taken for one thing alone, which replica of its own gave an
+item, and only where the board shows that replica. Time counts while the board shows a replica ready: a node's time is
+shared by those of its replicas that are ready at once, so that a node with one GPU and three replicas earns for one.
+Booked once an interval of the clock (UTC) and at the end; what ``kill -9`` loses is the interval that is open.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Protocol
+
+from toolchain.errors import ScalellmError
+from toolchain.fleet import wire
+from toolchain.ledger.record import Head, Usage
+
+INTERVAL_S = 60
+"""Divides a day, so that no interval belongs to two."""
+_LONGEST_S = 10.0
+"""Between two looks at the board; what a node said counts no longer, as on the board itself."""
+_RATE_S = 10.0
+"""Tokens a second are of so long."""
+_NS_PER_MS = 1_000_000
+READY = "ready"
+
+
+class Book(Protocol):
+    """What is used of a ``ledger.book.Ledger``."""
+
+    @property
+    def head(self) -> Head: ...
+
+    def append(self, usages: Sequence[Usage]) -> Head: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a replica runs."""
+
+    provider: str
+    node: str
+    device: str
+    gpus: int
+    price_per_hour: Decimal
+
+
+NOWHERE = Place("unknown", "unknown", "", 0, Decimal(0))
+"""Of a replica that the board has never shown."""
+
+
+@dataclass
+class Counts:
+    """Of one replica."""
+
+    node_ns: int = 0
+    requests: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    continued: int = 0
+
+
+class Meter:
+    """``answer`` from the gateway's thread; ``tick`` and ``close`` from the head's."""
+
+    def __init__(
+        self,
+        ledger: Book | None,
+        note: Callable[[str], None] = lambda _text: None,
+        *,
+        interval_s: int = INTERVAL_S,
+        clock: Callable[[], float] = time.time,
+        steady_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        """``ledger``: None counts and books nothing. ``note`` is told when it cannot be written."""
+        self._ledger, self._note = ledger, note
+        self._interval_s, self._clock, self._steady_ns = interval_s, clock, steady_ns
+        self._lock = threading.Lock()
+        self._places: dict[str, Place] = {}
+        self._open: dict[tuple[str, Place], Counts] = {}
+        self._loose: dict[str, Counts] = {}
+        """Of replicas that the board has not shown yet."""
+        self._tokens: dict[str, int] = {}
+        self._samples: deque[tuple[int, dict[str, int]]] = deque()
+        self._begun_ms = self._now_ms()
+        self._ticked_ns: int | None = None
+        self._failed = False
+        self._head = ledger.head if ledger is not None else None
+
+    def answer(
+        self, replica: str, *, requests: int = 0, tokens_in: int = 0, tokens_out: int = 0, continued: int = 0
+    ) -> None:
+        """A part of an answer has come from this replica."""
+        with self._lock:
+            place = self._places.get(replica)
+            if place is None:
+                counts = self._loose.setdefault(replica, Counts())
+            else:
+                counts = self._open.setdefault((replica, place), Counts())
+            counts.requests += requests
+            counts.tokens_in += tokens_in
+            counts.tokens_out += tokens_out
+            counts.continued += continued
+            self._tokens[replica] = self._tokens.get(replica, 0) + tokens_out
+
+    def booking(self, prompt_tokens: int, *, counted: bool = True) -> Booking:
+        """Of one answer that begins. ``counted``: whether it is a request, or a further answer of one."""
+        return Booking(self, prompt_tokens if counted else 0, int(counted))
+
+    def tick(self, nodes: Mapping[str, Mapping[str, Any]]) -> None:
+        """What the board shows under ``nodes/``, about once a second."""
+        with self._lock:
+            now_ns = self._steady_ns()
+            past_ns = 0 if self._ticked_ns is None else now_ns - self._ticked_ns
+            self._ticked_ns = now_ns
+            for said in nodes.values():
+                self._see(said, min(past_ns, int(_LONGEST_S * 1e9)))
+            self._samples.append((now_ns, dict(self._tokens)))
+            while len(self._samples) > 2 and now_ns - self._samples[1][0] >= _RATE_S * 1e9:
+                self._samples.popleft()
+        if self._now_ms() // 1000 // self._interval_s != self._begun_ms // 1000 // self._interval_s:
+            self.flush()
+
+    def flush(self) -> None:
+        """Book what was counted; where the ledger cannot be written it is kept, to be booked later."""
+        with self._lock:
+            taken, begin_ms = self._open, self._begun_ms
+            end_ms = self._begun_ms = max(self._now_ms(), begin_ms)
+            rests = {key: counts.node_ns % _NS_PER_MS for key, counts in taken.items()}
+            self._open = {key: Counts(node_ns=rest) for key, rest in rests.items() if rest}
+        usages = _usages(taken, begin_ms, end_ms)
+        if not usages or self._ledger is None:
+            return
+        try:
+            self._head = self._ledger.append(usages)
+            self._failed = False
+        except ScalellmError as error:
+            if not self._failed:
+                self._note(f"{error.message}; what was used is kept and booked later")
+            self._failed = True
+            with self._lock:
+                for key, counts in taken.items():
+                    counts.node_ns -= rests[key]
+                    self._add(key, counts)
+                self._begun_ms = begin_ms
+
+    def close(self) -> None:
+        """Books the rest, also of replicas that the board has never shown."""
+        with self._lock:
+            for replica, counts in self._loose.items():
+                self._add((replica, NOWHERE), counts)
+            self._loose = {}
+        self.flush()
+        if self._ledger is not None:
+            self._ledger.close()
+
+    def rates(self) -> dict[str, float]:
+        """Tokens a second of each replica, over the last ten seconds."""
+        with self._lock:
+            if len(self._samples) < 2:
+                return {}
+            (begun_ns, first), (end_ns, last) = self._samples[0], self._samples[-1]
+            span_s = max((end_ns - begun_ns) / 1e9, 0.1)
+            return {replica: (count - first.get(replica, 0)) / span_s for replica, count in last.items()}
+
+    @property
+    def head(self) -> Head | None:
+        """The ledger's newest record; None without a ledger."""
+        return self._head
+
+    def _see(self, said: Mapping[str, Any], past_ns: int) -> None:
+        place = place_of(said)
+        ready = [str(one["name"]) for one in said["replicas"] if one["state"] == READY]
+        for one in said["replicas"]:
+            name = str(one["name"])
+            self._places[name] = place
+            if name in self._loose:
+                self._add((name, place), self._loose.pop(name))
+        for name in ready:
+            self._open.setdefault((name, place), Counts()).node_ns += past_ns // len(ready)
+
+    def _add(self, key: tuple[str, Place], more: Counts) -> None:
+        counts = self._open.setdefault(key, Counts())
+        counts.node_ns += more.node_ns
+        counts.requests += more.requests
+        counts.tokens_in += more.tokens_in
+        counts.tokens_out += more.tokens_out
+        counts.continued += more.continued
+
+    def _now_ms(self) -> int:
+        return int(self._clock() * 1000)
+
+
+class Booking:
+    """One answer while it grows: its tokens are counted for the replica that gave them. The request and its prompt
+    count where its first token came from.
+    """
+
+    def __init__(self, meter: Meter, tokens_in: int, requests: int) -> None:
+        self._meter = meter
+        self._tokens_in, self._requests = tokens_in, requests
+        self._now = ""
+        self._before: str | None = None
+
+    def see(self, item: wire.Item) -> None:
+        """An item of this answer has come."""
+        self._now = wire.replica_of(item) or self._now
+        count = len(item.get("token_ids") or ())
+        if not count:
+            return
+        moved = self._before not in (None, self._now)
+        self._meter.answer(
+            self._now,
+            requests=self._requests,
+            tokens_in=self._tokens_in,
+            tokens_out=count,
+            continued=int(moved),
+        )
+        self._before, self._tokens_in, self._requests = self._now, 0, 0
+
+
+def place_of(said: Mapping[str, Any]) -> Place:
+    """From what a node says of itself on the board."""
+    price = said.get("price_per_hour")
+    return Place(
+        provider=str(said["provider"]),
+        node=str(said["node"]),
+        device=str(said["device"]),
+        gpus=int(said["gpus"]),
+        price_per_hour=Decimal(str(price)) if price is not None else Decimal(0),
+    )
+
+
+def _usages(taken: Mapping[tuple[str, Place], Counts], begin_ms: int, end_ms: int) -> list[Usage]:
+    """A record of each replica that was used or ready, by name."""
+    found = []
+    for (replica, place), counts in sorted(taken.items(), key=lambda one: one[0][0]):
+        usage = Usage(
+            begin_ms=begin_ms,
+            end_ms=end_ms,
+            **vars(place),
+            replica=replica,
+            node_ms=counts.node_ns // _NS_PER_MS,
+            requests=counts.requests,
+            tokens_in=counts.tokens_in,
+            tokens_out=counts.tokens_out,
+            continued=counts.continued,
+        )
+        if usage.node_ms or usage.requests or usage.tokens_in or usage.tokens_out:
+            found.append(usage)
+    return found
