@@ -70,7 +70,7 @@ async def scene() -> AsyncIterator[Scene]:
         async with make_session(Timeouts()) as session:
             triton = make_triton(f"http://127.0.0.1:{port}", session, Timeouts())
             assert await triton.probe()
-            found.adapter = Adapter(triton, frozenset({1, 2}), "one")
+            found.adapter = Adapter(triton, frozenset({1, 2}), replica="one")
             yield found
     finally:
         await runner.cleanup()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -16,7 +16,10 @@ from toolchain.fleet import wire
 from toolchain.fleet.meter import Meter
 from toolchain.fleet.plane import MIGRATIONS, Plane
 from toolchain.fleet.texts import OUTPUTS, TextAnswer, Texts
+from toolchain.fleet.view import View
+from toolchain.gateway.engines import Relayed
 from toolchain.gateway.failures import ApiError, UpstreamError, too_many, unavailable
+from toolchain.gateway.fleet_status import FleetStatus
 from toolchain.gateway.service import MakeEngines
 from toolchain.gateway.settings import Settings
 from toolchain.gateway.triton import Triton
@@ -43,9 +46,10 @@ class Fleet:
         room: int,
         on_retry: Callable[[str, str], None],
         meter: Meter | None = None,
+        view: View | None = None,
     ) -> None:
         self._plane, self._texts, self._room = plane, texts, room
-        self._meter = meter or Meter(None)
+        self._meter, self._view = meter or Meter(None), view
         self._timeouts, self._queue_s = settings.timeouts, settings.limits.queue_s
         self._on_retry = on_retry
         self._routed: Any = None
@@ -114,9 +118,13 @@ class Fleet:
             return {f"{self._plane.endpoint}/{worker:x}": "" for worker in self._workers}
         return {self._plane.endpoint: "no replica generates"}
 
-    async def metrics(self) -> dict[str, str]:
-        """Nothing: the replicas' own metrics are at their Tritons."""
-        return {}
+    async def metrics(self) -> Sequence[Relayed]:
+        """Each replica's, as its node tells them."""
+        return await self._view.metrics() if self._view else ()
+
+    async def fleet(self) -> FleetStatus | None:
+        """As its nodes tell of themselves; None where there is no board."""
+        return await self._view.status() if self._view else None
 
     async def start(self, inputs: Mapping[str, Any]) -> FleetFlow:
         """The answers have begun when the first token of one of them is there. Raises ApiError."""
@@ -269,13 +277,13 @@ class FleetFlow:
             answer.cancel()
 
 
-def engines(plane: Plane, texts: Texts, room: int, meter: Meter | None = None) -> MakeEngines:
+def engines(plane: Plane, texts: Texts, room: int, meter: Meter | None = None, view: View | None = None) -> MakeEngines:
     """What a ``gateway.service.Service`` is given to stand in front of an endpoint. ``meter`` is told whose tokens it
-    got.
+    got; ``view`` shows the nodes.
     """
 
     def make(settings: Settings, on_retry: Callable[[str, str], None]) -> Fleet:
-        return Fleet(plane, texts, settings, room=room, on_retry=on_retry, meter=meter)
+        return Fleet(plane, texts, settings, room=room, on_retry=on_retry, meter=meter, view=view)
 
     return make
 

@@ -5,9 +5,21 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
+from toolchain.gateway.fleet_status import FleetStatus
 from toolchain.gateway.triton import Triton
+
+
+@dataclass(frozen=True)
+class Relayed:
+    """Metrics of somebody else that ``/metrics`` passes on."""
+
+    labels: Mapping[str, str]
+    """Whose they are; each sample gets them."""
+    text: str
+    """In Prometheus' format."""
 
 
 class AnswerFlow(Protocol):
@@ -53,5 +65,8 @@ class Engines(Protocol):
     async def start(self, inputs: Mapping[str, Any]) -> AnswerFlow:
         """An answer whose first token is there. Raises ApiError."""
 
-    async def metrics(self) -> dict[str, str]:
-        """Prometheus texts, by address."""
+    async def metrics(self) -> Sequence[Relayed]:
+        """What ``/metrics`` passes on."""
+
+    async def fleet(self) -> FleetStatus | None:
+        """The replicas of an endpoint over several; None where it asks Tritons itself."""

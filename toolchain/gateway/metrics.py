@@ -1,15 +1,16 @@
-"""What a gateway counts, for Prometheus; and what the Tritons behind it count, passed on with the label ``triton``; and
-what engines with speculative decoding draft.
+"""What a gateway counts, for Prometheus; and what the Tritons behind it count, passed on with the label ``triton``, or
+``node`` and ``replica``; and what engines with speculative decoding draft.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from toolchain.gateway.engines import Relayed
 from toolchain.gateway.kv import Drafts
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -46,8 +47,8 @@ class Metrics:
         self.cancelled = Counter(f"{name}cancelled", "Requests whose client went away.", registry=registry)
         self.up = Gauge(f"{name}triton_up", "Whether a Triton generates.", ["triton"], registry=registry)
 
-    def text(self, relayed: Mapping[str, str], drafts: Mapping[str, Drafts | None]) -> bytes:
-        """Prometheus' text format; ``relayed``: each Triton's own text by its URL; ``drafts``: its engine's."""
+    def text(self, relayed: Sequence[Relayed], drafts: Mapping[str, Drafts | None]) -> bytes:
+        """Prometheus' text format; ``drafts``: of the engine behind each Triton, by its URL."""
         return generate_latest(self.registry) + generate_latest(_Drafted(drafts)) + generate_latest(_Relayed(relayed))
 
 
@@ -70,19 +71,19 @@ class _Drafted(CollectorRegistry):
 
 
 class _Relayed(CollectorRegistry):
-    """The metrics of all Tritons: one family a name, and the label ``triton`` on each sample."""
+    """The metrics of others: one family a name, and on each sample the labels that say whose it is."""
 
-    def __init__(self, texts: Mapping[str, str]) -> None:
+    def __init__(self, texts: Sequence[Relayed]) -> None:
         super().__init__()
         self._texts = texts
 
     def collect(self) -> Iterable[Metric]:
         families: dict[str, Metric] = {}
-        for triton, text in self._texts.items():
-            for family in _families(text):
+        for one in self._texts:
+            for family in _families(one.text):
                 merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
                 for sample in family.samples:
-                    merged.samples.append(sample._replace(labels={**sample.labels, "triton": triton}))
+                    merged.samples.append(sample._replace(labels={**sample.labels, **one.labels}))
         return families.values()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import aiohttp
 
+from toolchain.gateway.engines import Relayed
 from toolchain.gateway.failures import BusyError, SilentError, UpstreamError, invalid, too_many, unavailable
 from toolchain.gateway.settings import Timeouts
 from toolchain.gateway.triton import Flow, Triton
@@ -76,10 +77,14 @@ class Pool:
         """Each Triton's URL -> why it is down, or nothing."""
         return {triton.upstream.http_url: "" if triton.up else triton.why_down for triton in self.tritons}
 
-    async def metrics(self) -> dict[str, str]:
-        """Each Triton's Prometheus text, by its URL."""
+    async def metrics(self) -> list[Relayed]:
+        """Each Triton's own."""
         texts = await asyncio.gather(*(triton.metrics() for triton in self.tritons))
-        return {triton.upstream.http_url: text for triton, text in zip(self.tritons, texts, strict=True)}
+        pairs = zip(self.tritons, texts, strict=True)
+        return [Relayed({"triton": triton.upstream.http_url}, text) for triton, text in pairs]
+
+    async def fleet(self) -> None:
+        """It asks its Tritons itself."""
 
     async def start(self, inputs: Mapping[str, Any]) -> Flow:
         """The answer of the first Triton that begins one; while all are full it waits, ``queue_s`` at most. Raises

@@ -1,7 +1,8 @@
 """``GET /status``: what an endpoint does just now, for its page and for people with ``curl``. No text of any request.
 
 Numbers of the gateway come from ``recent``; how full the KV cache is, from each engine: the metrics of TensorRT-LLM's
-Triton backend, or the status file that our own engines write, where they run on this machine.
+Triton backend, or the status file that our own engines write, where they run on this machine. Of a fleet, the nodes
+say it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 
 from toolchain import __version__
+from toolchain.gateway.fleet_status import FleetStatus
 from toolchain.gateway.kv import Blocks, Drafts, blocks_of, drafts_of
 from toolchain.gateway.recent import Series, Window
 from toolchain.gateway.settings import EngineFacts
@@ -31,10 +33,10 @@ _Seen = tuple[Blocks | None, Drafts | None]
 
 
 class Replica(BaseModel):
-    """One Triton."""
+    """One Triton, or one replica of a fleet."""
 
     name: str
-    """Host and port."""
+    """Host and port, or node and replica."""
     ready: bool
     why_down: str | None
     in_flight: int
@@ -69,6 +71,8 @@ class Status(BaseModel):
     max_seq_len: int | None
     engine: EngineFacts | None
     """None where the gateway was given a Triton's address alone."""
+    fleet: FleetStatus | None
+    """Of an endpoint over several nodes; None where the gateway asks Tritons itself."""
 
 
 class Observer:
@@ -78,6 +82,7 @@ class Observer:
         self._service = service
         self._lock = asyncio.Lock()
         self._seen: list[_Seen] = []
+        self._fleet: FleetStatus | None = None
         self._seen_s = float("-inf")
 
     async def look(self) -> Status:
@@ -86,9 +91,10 @@ class Observer:
         async with self._lock:
             if time.monotonic() - self._seen_s > _FRESH_S:
                 self._seen = await asyncio.gather(*(_see(triton) for triton in service.pool.tritons))
+                self._fleet = await service.pool.fleet()
                 self._seen_s = time.monotonic()
         settings, recent, admission = service.settings, service.recent, service.admission
-        pairs = zip(service.pool.tritons, self._seen, strict=True)
+        pairs, fleet = zip(service.pool.tritons, self._seen, strict=True), self._fleet
         return Status(
             ready=service.pool.ready,
             model=settings.model.name,
@@ -98,13 +104,29 @@ class Observer:
             waiting=admission.waiting,
             places=settings.limits.max_running or service.pool.room,
             max_queue=settings.limits.max_queue,
-            replicas=[_replica(triton, seen) for triton, seen in pairs],
+            replicas=_of_fleet(fleet) if fleet else [_replica(triton, seen) for triton, seen in pairs],
             last_minute=recent.window(60),
             last_five_minutes=recent.window(300),
             series=recent.series(),
             max_seq_len=settings.model.max_seq_len,
             engine=settings.model.engine,
+            fleet=fleet,
         )
+
+
+def _of_fleet(fleet: FleetStatus) -> list[Replica]:
+    return [
+        Replica(
+            name=f"{node.name}/{one.name}",
+            ready=one.state == "ready",
+            why_down=None if one.state == "ready" else one.why or one.state,
+            in_flight=one.running,
+            restarts=one.restarts,
+            kv_blocks=one.kv_blocks,
+            drafts=one.drafts,
+        )
+        for node, one in fleet.replicas
+    ]
 
 
 def _replica(triton: Triton, seen: _Seen) -> Replica:

@@ -1,0 +1,171 @@
+"""The endpoint as a reader sees it: what its nodes say on the board, with what the gateway has counted itself.
+
+One way for one machine and for many: the gateway never asks a replica's Triton. The figures of engines are the nodes'
+word; tokens a second are the gateway's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from toolchain.errors import EndpointError
+from toolchain.fleet.board import Board
+from toolchain.fleet.meter import READY, Meter
+from toolchain.gateway.engines import Relayed
+from toolchain.gateway.fleet_status import FleetEvent, FleetNode, FleetReplica, FleetStatus, LedgerHead
+from toolchain.gateway.kv import Blocks, Drafts
+from toolchain.ledger.record import plain
+
+NODES = "nodes/"
+SPEC = "spec"
+EVENTS = "events.jsonl"
+_EVENTS = 40
+_TAIL_BYTES = 32 * 1024
+_OVER = frozenset({"failed", "ended"})
+_GAUGES = {
+    "ready": "Whether it takes requests.",
+    "running": "Requests that it works on.",
+    "tokens_per_second": "Tokens that came from it, over the last ten seconds.",
+    "kv_blocks_used": "Blocks of its KV cache in use.",
+    "kv_blocks": "Blocks of its KV cache.",
+}
+_COUNTERS = {
+    "requests_total": "Requests that it took.",
+    "tokens_total": "Tokens that it generated.",
+    "restarts_total": "Restarts of its worker.",
+    "drafted_tokens_total": "Tokens that were drafted.",
+    "accepted_tokens_total": "Those that the model kept.",
+}
+
+
+class View:
+    """Reads the board when it is asked to."""
+
+    def __init__(self, board: Board, meter: Meter, events: Path | None = None) -> None:
+        """``events``: the file to which the head appends what happens."""
+        self._board, self._meter, self._events = board, meter, events
+        self._nodes: dict[str, dict[str, Any]] = {}
+        self._spec: dict[str, Any] = {}
+
+    async def status(self) -> FleetStatus:
+        """As it is just now; as it was where the board cannot be reached."""
+        return await asyncio.to_thread(self._status)
+
+    async def metrics(self) -> list[Relayed]:
+        """Each replica's own figures, and its engine's metrics, for Prometheus."""
+        await asyncio.to_thread(self._read)
+        rates = self._meter.rates()
+        return [
+            Relayed({"node": str(said["node"]), "replica": str(one["name"])}, _text(one, rates))
+            for said in self._nodes.values()
+            for one in said["replicas"]
+        ]
+
+    def _read(self) -> bool:
+        try:
+            self._nodes = self._board.read(NODES)
+            self._spec = self._board.read(SPEC).get(SPEC, {})
+        except EndpointError:
+            return False
+        return True
+
+    def _status(self) -> FleetStatus:
+        reached = self._read()
+        spec, rates, head = self._spec, self._meter.rates(), self._meter.head
+        nodes = [_node(said, rates) for said in self._nodes.values()]
+        used = [node for node in nodes if any(one.state not in _OVER for one in node.replicas)]
+        cost = sum((Decimal(node.price_per_hour or 0) for node in used), Decimal(0))
+        budget = spec.get("max_price_per_hour")
+        return FleetStatus(
+            reached=reached,
+            nodes=nodes,
+            gpus=sum(node.gpus for node in used),
+            ready=sum(one.state == READY for node in nodes for one in node.replicas),
+            min=spec.get("min"),
+            max=spec.get("max"),
+            version=spec.get("current"),
+            next_version=spec.get("next"),
+            tokens_per_s=round(sum(rates.values()), 1),
+            cost_per_hour=plain(cost),
+            unpriced=sum(node.price_per_hour is None for node in used),
+            max_price_per_hour=None if budget is None else plain(Decimal(str(budget))),
+            events=list(_newest(self._events)) if self._events else [],
+            ledger=LedgerHead(number=head.number, hash=head.hash) if head else None,
+        )
+
+
+def _node(said: Mapping[str, Any], rates: Mapping[str, float]) -> FleetNode:
+    price = said.get("price_per_hour")
+    return FleetNode(
+        name=said["node"],
+        provider=said["provider"],
+        device=said["device"],
+        gpus=said["gpus"],
+        room=said["room"],
+        state=said["state"],
+        price_per_hour=None if price is None else plain(Decimal(str(price))),
+        replicas=[_replica(one, rates) for one in said["replicas"]],
+    )
+
+
+def _replica(said: Mapping[str, Any], rates: Mapping[str, float]) -> FleetReplica:
+    figures = said.get("figures") or {}
+    blocks, drafts = figures.get("kv_blocks"), figures.get("drafts")
+    return FleetReplica(
+        name=said["name"],
+        version=said.get("version"),
+        state=said["state"],
+        why=said.get("why", ""),
+        restarts=said.get("restarts", 0),
+        running=figures.get("running", 0),
+        tokens_per_s=round(rates.get(said["name"], 0.0), 1),
+        kv_blocks=Blocks(**blocks) if blocks else None,
+        drafts=Drafts(**drafts) if drafts else None,
+    )
+
+
+def _newest(file: Path) -> Iterator[FleetEvent]:
+    """The last events of the file, the newest first; a line that a kill has torn is left out."""
+    try:
+        with file.open("rb") as stream:
+            stream.seek(0, 2)
+            stream.seek(max(0, stream.tell() - _TAIL_BYTES))
+            lines = stream.read().splitlines()
+    except FileNotFoundError:
+        return
+    for line in lines[: -_EVENTS - 1 : -1]:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            told = json.loads(line)
+            names = {name: str(told.get(name) or "") for name in ("node", "replica", "text")}
+            yield FleetEvent(time=float(told["time"]), kind=str(told["kind"]), **names)
+
+
+def _text(said: Mapping[str, Any], rates: Mapping[str, float]) -> str:
+    """One replica's figures in Prometheus' format, then the lines that its engine's server gave."""
+    figures = said.get("figures") or {}
+    blocks, drafts = figures.get("kv_blocks") or {}, figures.get("drafts") or {}
+    values = {
+        "ready": int(said["state"] == READY),
+        "running": figures.get("running"),
+        "tokens_per_second": round(rates.get(said["name"], 0.0), 1),
+        "kv_blocks_used": blocks.get("used"),
+        "kv_blocks": blocks.get("total"),
+        "requests_total": figures.get("requests"),
+        "tokens_total": figures.get("tokens"),
+        "restarts_total": said.get("restarts", 0),
+        "drafted_tokens_total": drafts.get("drafted"),
+        "accepted_tokens_total": drafts.get("accepted"),
+    }
+    lines = []
+    for kind, families in (("gauge", _GAUGES), ("counter", _COUNTERS)):
+        for name, help_text in families.items():
+            if values[name] is not None:
+                full = f"scalellm_replica_{name}"
+                lines += [f"# HELP {full} {help_text}", f"# TYPE {full} {kind}", f"{full} {values[name]}"]
+    return "\n".join(lines) + "\n" + str(figures.get("metrics", ""))
