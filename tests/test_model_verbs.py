@@ -15,7 +15,9 @@ from click.testing import CliRunner
 from toolchain import accuracy, workspace
 from toolchain.admission import ENGINE
 from toolchain.cli import verbs
+from toolchain.cli.model_endpoint import endpoint_name
 from toolchain.errors import ArtifactError, EndpointError, PlanError, RecipeError, RejectedError
+from toolchain.fleet.deployment import Deployment
 from toolchain.recipe import parse_recipe
 
 RECIPE = """\
@@ -221,10 +223,31 @@ def test_an_engine_that_was_found_wrong_is_neither_packaged_nor_deployed(
         assert isinstance(done.exception, RejectedError) == (words is package)
 
 
-def test_deploy_beyond_this_machine_says_what_to_type(verb: Verb) -> None:
-    with pytest.raises(RecipeError, match="not in this release") as caught:
-        verb("deploy", "-n", "mine")
-    assert caught.value.hint == "scalellm model deploy -n mine --local"
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--local", "--replicas", "2"), "--replicas does not go with --local"),
+        (("--local", "--deployment", "x.yaml"), "--deployment does not go with --local"),
+        (("--server", "path"), "--server goes with --local"),
+    ],
+)
+def test_flags_of_one_way_to_deploy_are_refused_for_the_other(verb: Verb, words: tuple[str, ...], said: str) -> None:
+    with pytest.raises(click.UsageError, match=said):
+        verb("deploy", "-n", "mine", *words)
+
+
+def test_a_deployment_must_name_the_model(verb: Verb, recipe: Path, model: Path, tmp_path: Path) -> None:
+    verb("create", "-n", "mine", "-m", model, "-r", recipe)
+    file = tmp_path / "DEPLOYMENT.yaml"
+    file.write_text("endpoint: mine\nrecipes: [tiny]\n")
+    with pytest.raises(RecipeError, match=r"recipes: mine is none of them \(tiny\)"):
+        verb("deploy", "-n", "mine", "--deployment", file)
+
+
+@pytest.mark.parametrize(("name", "endpoint"), [("llama", "llama"), ("Llama_2.13B", "llama-2-13b"), ("7b", "m-7b")])
+def test_a_models_endpoint_has_a_name_that_dynamo_takes(name: str, endpoint: str) -> None:
+    assert endpoint_name(name) == endpoint
+    assert Deployment(endpoint=endpoint, recipes=(name,)).endpoint == endpoint
 
 
 def test_a_model_that_is_not_deployed_cannot_be_asked(verb: Verb, recipe: Path, model: Path) -> None:

@@ -16,6 +16,7 @@ from toolchain.cli import (
     choosing,
     deploying,
     doors,
+    endpoint,
     finding,
     ledger,
     making,
@@ -45,6 +46,9 @@ def verbs() -> None:
 
 for _verb in (
     *(choosing.init, choosing.plan, making.commands, making.quantize, making.convert, making.build, making.package),
+    *(serving.serve, serving.infer, doors.gateway, deploying.deploy, endpoint.endpoint),
+    *(doors.conformance, model.model),
+    *(verifying.verify, measuring.bench, money.score),
     *(serving.serve, serving.infer, doors.gateway, deploying.deploy, doors.conformance, model.model),
     *(verifying.verify, measuring.bench, money.score, ledger.ledger),
     *(finding.recipes, finding.inspect, finding.import_, finding.doctor, finding.completion),

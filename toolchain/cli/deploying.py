@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from toolchain.cli.flags import PATH, common, open_job, open_screen, work_flag
 
 if TYPE_CHECKING:
     from toolchain.console import Screen
+    from toolchain.fleet.deployment import Deployment
+    from toolchain.gateway.run import Listen
     from toolchain.stages.serve import ServingInfo
 
 
@@ -64,19 +67,41 @@ def up(file: Path, local: bool, work: Path, keys: Path | None, json_output: bool
       scalellm deploy DEPLOYMENT.yaml --local
     """
     from toolchain.fleet.deployment import load_deployment, must_be_local
-    from toolchain.fleet.plane import require
-    from toolchain.gateway.run import check
-    from toolchain.stages import deploy as stage
-    from toolchain.stages import gateway
 
     screen = open_screen(json_output, verbose)
     deployment = load_deployment(file)
     must_be_local(local)
+    require_libraries()
+    repositories = [built(screen, recipe, work) for recipe in deployment.recipes]
+    run(screen, deployment, repositories, work, keys=keys, insecure_open=flags["insecure_open"])
+
+
+def require_libraries() -> None:
+    """Raises ToolError where what an endpoint needs is not installed."""
+    from toolchain.fleet.plane import require
+    from toolchain.stages import gateway
+
     require()
     gateway.require_libraries()
+
+
+def run(
+    screen: Screen,
+    deployment: Deployment,
+    repositories: Sequence[Path],
+    work: Path,
+    *,
+    keys: Path | None,
+    insecure_open: bool,
+    on_open: Callable[[Listen], None] = lambda _listen: None,
+) -> None:
+    """An endpoint over these repositories, with its gateway, until it is told to end. Raises ScalellmError."""
+    from toolchain.gateway.run import check
+    from toolchain.stages import deploy as stage
+    from toolchain.stages import gateway
+
     for note in deployment.notes:
         screen.note(f"note: {note}")
-    repositories = [_built(screen, recipe, work) for recipe in deployment.recipes]
     ports = deployment.ports
     settings = doors.settings_of(
         gateway.model_of_repository(repositories[0], deployment.endpoint),
@@ -92,16 +117,18 @@ def up(file: Path, local: bool, work: Path, keys: Path | None, json_output: bool
         predict_port=ports.predict or 0,
         no_predict=not ports.predict,
         grpc_port=ports.grpc or None,
-        insecure_open=flags["insecure_open"],
+        insecure_open=insecure_open,
     )
     check(settings, listen)
     place = stage.Place.of(work, deployment.endpoint)
     suite = _conformance if deployment.conformance else None
     _errors_of_libraries_into(place.folder / "dynamo.log")
     with stage.local(deployment, repositories, place, progress=screen, check=suite) as endpoint:
+        endpoint.doors = listen.urls
         log = place.folder / "gateway.log"
         with gateway.background(settings, listen, log=log, engines=endpoint.engines):
             endpoint.tell("running")
+            on_open(listen)
             screen.emit({"endpoint": deployment.endpoint, "openai": listen.urls["OpenAI"], "folder": place.folder})
             doors.announce(screen, listen, settings)
             endpoint.wait()
@@ -153,7 +180,7 @@ def down(endpoint: str, timeout_s: float, work: Path, json_output: bool, verbose
     screen.say(f"{endpoint}: ended" if ended else f"{endpoint}: does not run here")
 
 
-def _built(screen: Screen, recipe: str, work: Path) -> Path:
+def built(screen: Screen, recipe: str, work: Path) -> Path:
     """The repository of a recipe, made where it is missing or stale."""
     from toolchain.pipeline.job import folder_of
 

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from toolchain.cli import doors
-from toolchain.cli.flags import common, host_flag, open_screen, place_flags
+from toolchain.cli.asking import ask, asked_flags, prompt_of
+from toolchain.cli.flags import PATH, common, host_flag, open_screen, place_flags
+from toolchain.cli.model_endpoint import endpoint_of, replicate
 from toolchain.cli.model_flags import build, home_flag, named
-from toolchain.errors import EndpointError, RecipeError
+from toolchain.errors import EndpointError
 
 if TYPE_CHECKING:
     from toolchain.console import Screen
@@ -21,13 +23,17 @@ if TYPE_CHECKING:
     from toolchain.registry.deployment import Deployment
 
 _POLL_S = 0.2
-_MAX_PROMPT_BYTES = 4 * 2**20
 
 
 @click.command()
 @named
-@click.option("--local", is_flag=True, help="On this machine.")
-@click.option("--port", type=doors.PORT, default=2345, show_default=True, help="For /predict, /v1 and /ready.")
+@click.option("--local", is_flag=True, help="One server of this machine, without replicas that stand in for another.")
+@click.option("--deployment", "file", type=PATH, metavar="FILE", help="A DEPLOYMENT.yaml whose recipes name the model.")
+@click.option("--replicas", type=click.IntRange(1, 64), help="Of the endpoint, without --deployment. [default: 2]")
+@click.option("--port", type=doors.PORT, default=2345, show_default=True, help="For /predict, /v1, /v2 and /ready.")
+@click.option(
+    "--grpc-port", type=doors.PORT, default=8001, show_default=True, help="KServe over gRPC; not with --local."
+)
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Bind to this address.")
 @doors.keys_flag
 @click.option("--insecure-open", is_flag=True, help="Let other machines in without any API key.")
@@ -40,26 +46,42 @@ _MAX_PROMPT_BYTES = 4 * 2**20
 @host_flag
 @place_flags()
 @common
-def deploy(name: str, home: Path, local: bool, detach: bool, json_output: bool, verbose: int, **flags: Any) -> None:
-    """Build what is stale of a model, or take what was pulled, and serve it: Triton, and a gateway at port 2345.
+def deploy(
+    name: str,
+    home: Path,
+    local: bool,
+    file: Path | None,
+    replicas: int | None,
+    grpc_port: int,
+    detach: bool,
+    json_output: bool,
+    verbose: int,
+    **flags: Any,
+) -> None:
+    """Build what is stale of a model, or take what was pulled, and serve it: an endpoint over several replicas.
 
-    /predict is FEDML's, /v1 is OpenAI's API, and /ready says 202 while it loads and then 200. Ctrl-C stops it.
+    One that is lost costs no client its answer. With --local, one Triton and a gateway. /predict is FEDML's, /v1 is
+    OpenAI's API, /v2 is KServe's (with --local it is at Triton's own port), and /ready says 202 while it loads and then
+    200. Ctrl-C stops it.
 
     \b
     Examples:
-      scalellm model deploy -n llama --local
-      scalellm model deploy -n llama --local --port 8080 --detach
+      scalellm model deploy -n llama --replicas 2
+      scalellm model deploy -n llama --deployment DEPLOYMENT.yaml --detach
+      scalellm model deploy -n llama --local --port 8080
     """
     from toolchain.registry import card as cards
     from toolchain.registry import deployment
 
     screen = open_screen(json_output, verbose)
-    if not local:
-        raise RecipeError(
-            "model deploy without --local: endpoints over several GPUs or machines are not in this release",
-            hint=f"scalellm model deploy -n {name} --local",
-        )
+    if (local or file) and replicas:
+        raise click.UsageError(f"--replicas does not go with {'--local' if local else '--deployment'}.")
+    if local and file:
+        raise click.UsageError("--deployment does not go with --local.")
+    if not local and flags["server"] != "auto":
+        raise click.UsageError("--server goes with --local.")
     card = cards.read(home, name)
+    asked = None if local else endpoint_of(card, file, replicas or 2, flags["host"], flags["port"], grpc_port)
     if deployment.deployed(card):
         raise deployment.busy(card)
     if detach:
@@ -68,7 +90,10 @@ def deploy(name: str, home: Path, local: bool, detach: bool, json_output: bool, 
     with deployment.hold(card) as record:
         place = {flag: flags.pop(flag) for flag in ("on", "quantize_on", "max_ram", "max_vram")}
         build(screen, card, **place)
-        code = _serve(screen, card, record, **flags)
+        if asked is None:
+            code = _serve(screen, card, record, **flags)
+        else:
+            code = replicate(screen, card, record, asked, **flags)
     sys.exit(code)
 
 
@@ -186,12 +211,7 @@ def undeploy(name: str, home: Path, json_output: bool, verbose: int) -> None:
 @click.command()
 @click.option("-n", "--name", required=True, metavar="NAME", help="A model that is deployed.")
 @home_flag
-@click.argument("prompt", required=False)
-@click.option("--max-tokens", type=click.IntRange(min=1), help="[default: 256, if the engine has room]")
-@click.option(
-    "--temperature", type=click.FloatRange(0, 2), help="0: the likeliest token each time. [default: the gateway's]"
-)
-@click.option("--key", envvar="SCALELLM_API_KEY", default="", help="An API key of the gateway. [env: SCALELLM_API_KEY]")
+@asked_flags
 @common
 def run(
     name: str,
@@ -220,27 +240,7 @@ def run(
     if found is None or not found.ready:
         why = "is not deployed" if found is None else "is not ready yet"
         raise EndpointError(f"{name} {why}", hint=f"scalellm model deploy -n {name} --local")
-    text = prompt if prompt is not None else _stdin()
+    if not found.predict:
+        raise EndpointError(f"{name}: its deployment has no /predict", hint="scalellm endpoint list")
     given = {"max_tokens": max_tokens, "temperature": temperature}  # None leaves the choice to the gateway
-    door = Door("predict", found.predict, name, extra=given, key=key)
-    session, started, first_s, pieces = door.open(), time.perf_counter(), 0.0, []
-    try:
-        for piece in session.ask(text, 0, lambda: None):
-            first_s = first_s or piece.at_s - started
-            pieces.append(piece.text)
-            if not json_output:
-                click.echo(piece.text, nl=False)
-    finally:
-        session.close()
-    seconds = time.perf_counter() - started
-    screen.say()
-    screen.emit({"name": name, "text": "".join(pieces), "ttft_s": first_s, "seconds": seconds})
-
-
-def _stdin() -> str:
-    if sys.stdin.isatty():
-        raise click.UsageError('Give a prompt: scalellm model run -n NAME "Hello"')
-    text = sys.stdin.read(_MAX_PROMPT_BYTES)
-    if not text.strip():
-        raise click.UsageError("The prompt on standard input is empty.")
-    return text
+    ask(screen, name, Door("predict", found.predict, name, extra=given, key=key), prompt_of(prompt))

@@ -180,6 +180,8 @@ class Local:
         """For the gateway in front."""
         self.asked = threading.Event()
         """Set when it is to end."""
+        self.doors: dict[str, str] = {}
+        """Where the gateway answers, by door."""
 
     def wait(self) -> None:
         """Until it is to end; keeps the state file. Raises EndpointError when no replica is left."""
@@ -197,6 +199,7 @@ class Local:
                 "state": state,
                 "replicas": [replica.state() for replica in self.replicas],
                 "ports": self.deployment.ports.model_dump(),
+                "doors": self.doors,
             }
         )
 
