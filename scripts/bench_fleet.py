@@ -1,42 +1,54 @@
 """What an endpoint costs against plain Triton, and how long a lost part of a replica is felt.
 
-    python scripts/bench_fleet.py REPOSITORY [--streams 32] [--rounds 5] [--tokens 128]
+    python scripts/bench_fleet.py REPOSITORY [--streams 32] [--rounds 7] [--tokens 128] [--only cost|felt]
 
-Two replicas on this machine. The gateway over the endpoint and a gateway over the same two Tritons are asked in turn,
-``rounds`` times, with greedy streams of equal length; then, under 16 streams, each part of a replica is killed. Prints
-one JSON object. Figures are of this machine; compare them by their ratio.
+An endpoint of two replicas, and a gateway over the same two Tritons, each in a process of its own as a user starts it.
+Asked in turn, ``rounds`` times, in an order that changes, with greedy streams of equal length:
+
+    triton    KServe's generate_stream of the two Tritons themselves, half of the streams each
+    fleet     the same request at the endpoint
+    gateway   OpenAI's completions at the gateway over the two Tritons
+    openai    the same at the endpoint
+
+Then each part of a replica is killed under 16 streams. Prints one JSON object; figures are of this machine, compare
+them by their ratios, which are of rounds next to each other: median, and the interval of a bootstrap over the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import openai
+import aiohttp
+import numpy as np
 import psutil
 
-from toolchain.fleet.deployment import Deployment, Replicas
-from toolchain.gateway.run import Listen
-from toolchain.gateway.settings import Settings, Timeouts, Upstream
-from toolchain.progress import Silent
+from toolchain.running import Place
 from toolchain.servers.triton.ports import free_ports
-from toolchain.stages import deploy, gateway
 
 PROMPT = "Once upon a time there was"
+NAME, BLS = "bench", "tensorrt_llm_bls"
 FELT_UNDER = 16
-_READY_S = 60.0
+_READY_S = 120.0
+_RESAMPLES = 10_000
+_PAIRS = (("triton", "fleet"), ("gateway", "openai"))
+_RETURNS = ("worker SIGKILL", "triton SIGKILL", "stub SIGKILL")
+"""Kills after which what was killed must be there again."""
 
 
 @dataclass(frozen=True)
@@ -44,117 +56,228 @@ class Stream:
     """What one client saw."""
 
     ttft_s: float
-    seconds: float
-    pieces: int
     gap_s: float
     """The longest between two pieces."""
     text: str
 
 
-def stream(url: str, model: str, tokens: int, begun: Callable[[], object] = lambda: None) -> Stream:
-    """One greedy answer of exactly ``tokens`` tokens."""
-    client = openai.OpenAI(base_url=url, api_key="x", max_retries=0, timeout=300)
+@dataclass(frozen=True)
+class Target:
+    """Who is asked, and how: the addresses in turn."""
+
+    urls: tuple[str, ...]
+    kserve: bool
+
+    def body(self, tokens: int) -> dict[str, Any]:
+        if self.kserve:
+            return {"text_input": PROMPT, "max_tokens": tokens, "min_tokens": tokens, "stream": True}
+        asked = {"model": NAME, "prompt": PROMPT, "max_tokens": tokens, "min_tokens": tokens}
+        return {**asked, "temperature": 0, "stream": True}
+
+    def text(self, event: Mapping[str, Any]) -> str:
+        return str(event["text_output"] if self.kserve else event["choices"][0]["text"])
+
+
+async def stream(
+    session: aiohttp.ClientSession, target: Target, url: str, tokens: int, begun: Callable[[], object] = lambda: None
+) -> Stream:
+    """One greedy answer of exactly ``tokens`` tokens. RuntimeError where it fails."""
     start = last = time.perf_counter()
     times, text = [], ""
-    for event in client.completions.create(
-        model=model,
-        prompt=PROMPT,
-        max_tokens=tokens,
-        temperature=0,
-        stream=True,
-        extra_body={"min_tokens": tokens},
-    ):
+    async for event in _events(session, url, target.body(tokens)):
+        if "error" in event:
+            raise RuntimeError(str(event["error"]))
         now = time.perf_counter()
         times.append(now - last)
         last = now
-        text += event.choices[0].text
+        text += target.text(event)
         begun()
-    return Stream(times[0], last - start, len(times), max(times[1:], default=0.0), text)
+    return Stream(times[0] if times else last - start, max(times[1:], default=0.0), text)
 
 
-def together(url: str, model: str, streams: int, tokens: int) -> dict[str, float]:
+async def _events(session: aiohttp.ClientSession, url: str, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async with session.post(url, json=body) as answer:
+        if answer.status != 200:
+            raise RuntimeError(f"{answer.status} {(await answer.text())[:300]}")
+        async for line in answer.content:
+            if line.startswith(b"data: {"):
+                yield json.loads(line[6:])
+
+
+@contextmanager
+def loop_and_session() -> Iterator[tuple[asyncio.Runner, aiohttp.ClientSession]]:
+    """A client without a limit of connections, and the loop that it runs on."""
+
+    async def opened() -> aiohttp.ClientSession:
+        limits = aiohttp.ClientTimeout(total=300)
+        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=limits, read_bufsize=2**20)
+
+    with asyncio.Runner() as runner:
+        session = runner.run(opened())
+        try:
+            yield runner, session
+        finally:
+            runner.run(session.close())
+
+
+def together(runner: asyncio.Runner, session: aiohttp.ClientSession, target: Target, streams: int, tokens: int) -> Any:
     """Median time to the first token, and tokens a second over all of them."""
+
+    async def all_of_them() -> list[Stream]:
+        urls = (target.urls[number % len(target.urls)] for number in range(streams))
+        return await asyncio.gather(*(stream(session, target, url, tokens) for url in urls))
+
     begun = time.perf_counter()
-    with ThreadPoolExecutor(streams) as pool:
-        found = list(pool.map(lambda _: stream(url, model, tokens), range(streams)))
+    found = runner.run(all_of_them())
     return {
         "ttft_p50_ms": statistics.median(one.ttft_s for one in found) * 1000,
         "tokens_per_s": streams * tokens / (time.perf_counter() - begun),
     }
 
 
-def compared(fleet: str, plain: str, model: str, streams: int, rounds: int, tokens: int) -> dict[str, Any]:
-    """Both, in turn; medians over the rounds, and the median of the rounds' own ratios."""
-    runs: dict[str, list[dict[str, float]]] = {"fleet": [], "plain": []}
-    for url in (fleet, plain):
-        together(url, model, streams, tokens)
-    for number in range(rounds):
-        order = [("fleet", fleet), ("plain", plain)]
-        for name, url in order if number % 2 else reversed(order):
-            runs[name].append(together(url, model, streams, tokens))
-    pairs = list(zip(runs["fleet"], runs["plain"], strict=True))
-    return {
-        **{
-            f"{name}_{key}": statistics.median(run[key] for run in runs[name]) for name in runs for key in runs[name][0]
-        },
-        "tokens_per_s_ratio": statistics.median(one["tokens_per_s"] / two["tokens_per_s"] for one, two in pairs),
-        "ttft_p50_added_ms": statistics.median(one["ttft_p50_ms"] - two["ttft_p50_ms"] for one, two in pairs),
+def cost(targets: Mapping[str, Target], streams: int, rounds: int, tokens: int) -> dict[str, Any]:
+    """All targets in turn, and each pair's ratio and difference round by round."""
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in targets}
+    with loop_and_session() as (runner, session):
+        for target in targets.values():
+            together(runner, session, target, streams, tokens)
+        for number in range(rounds):
+            names = list(targets)
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                runs[name].append(together(runner, session, targets[name], streams, tokens))
+                print(number, name, runs[name][-1], file=sys.stderr)
+    found: dict[str, Any] = {
+        name: {key: statistics.median(run[key] for run in some) for key in some[0]} for name, some in runs.items()
     }
+    for plain, ours in _PAIRS:
+        pairs = list(zip(runs[plain], runs[ours], strict=True))
+        found[f"{ours} against {plain}"] = {
+            "tokens_per_s_ratio": interval([two["tokens_per_s"] / one["tokens_per_s"] for one, two in pairs]),
+            "ttft_p50_added_ms": interval([two["ttft_p50_ms"] - one["ttft_p50_ms"] for one, two in pairs]),
+        }
+    return found
 
 
-def stub_of(triton: int) -> int:
-    """The process of the engine's Triton model."""
-    children = psutil.Process(triton).children(recursive=True)
-    return next(one.pid for one in children if "/tensorrt_llm/1/model.py" in " ".join(one.cmdline()))
+def interval(values: Sequence[float]) -> dict[str, float]:
+    """The median, and the 95 % interval of its percentile bootstrap."""
+    sample = np.asarray(values)
+    drawn = np.random.default_rng(0).choice(sample, (_RESAMPLES, len(sample)))
+    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
+    return {"median": float(np.median(sample)), "low": float(low), "high": float(high)}
 
 
-def felt(endpoint: deploy.Local, url: str, model: str, tokens: int, part: str, number: int) -> dict[str, Any]:
+def felt(place: Place, target: Target, root: str, tokens: int, part: str, number: int) -> dict[str, Any]:
     """Kill one part of a replica under streams: what they saw, and when it is back. ``number`` 0 kills nothing: then
     ``as_alone`` says how many greedy answers the batch itself leaves as they are for one client alone.
     """
-    replica = endpoint.replicas[0]
-    pids = replica.state()["pids"]
-    pid = {"worker": pids["worker"], "triton": pids["triton"]}.get(part) or stub_of(pids["triton"])
-    undisturbed = stream(url, model, tokens)
-    first = threading.Event()
-    with ThreadPoolExecutor(FELT_UNDER) as pool:
-        asked = [pool.submit(stream, url, model, tokens, first.set) for _ in range(FELT_UNDER)]
-        first.wait()
-        time.sleep(0.3)
-        killed, at_work = time.perf_counter(), sum(not one.done() for one in asked)
-        back_s = None
+
+    async def play(session: aiohttp.ClientSession) -> dict[str, Any]:
+        undisturbed = await stream(session, target, target.urls[0], tokens)
+        first = asyncio.Event()
+        asked = [
+            asyncio.create_task(stream(session, target, target.urls[0], tokens, first.set)) for _ in range(FELT_UNDER)
+        ]
+        await first.wait()
+        await asyncio.sleep(0.3)
+        before, pid = workers(root), pid_of(place, part)
+        at_work, killed, back_s = sum(not one.done() for one in asked), time.perf_counter(), None
         if number:
             os.kill(pid, number)
-        if number == signal.SIGKILL:
-            back_s = _until_back(replica, pids) - killed
-        found, failed = [], []
-        for one in asked:
-            try:
-                found.append(one.result())
-            except openai.APIError as error:
-                failed.append(str(error))
-    if number == signal.SIGSTOP:
-        os.kill(pid, signal.SIGKILL)
-        _until_back(replica, pids)
-    return {
-        "at_work": at_work,
-        "failed": failed,
-        "as_alone": sum(one.text == undisturbed.text for one in found),
-        "largest_gap_s": max(one.gap_s for one in found),
-        "undisturbed_gap_s": undisturbed.gap_s,
-        "back_s": back_s,
-    }
+        if f"{part} {signal.Signals(number).name if number else ''}" in _RETURNS:
+            back_s = await asyncio.to_thread(until_back, root, before) - killed
+        ended = await asyncio.gather(*asked, return_exceptions=True)
+        if number == signal.SIGSTOP:
+            os.kill(pid, signal.SIGKILL)
+            await asyncio.to_thread(until_back, root, before)
+        found = [one for one in ended if isinstance(one, Stream)]
+        return {
+            "at_work": at_work,
+            "failed": [str(one) for one in ended if isinstance(one, BaseException)],
+            "as_alone": sum(one.text == undisturbed.text for one in found),
+            "largest_gap_s": max((one.gap_s for one in found), default=None),
+            "undisturbed_gap_s": undisturbed.gap_s,
+            "back_s": back_s,
+        }
+
+    with loop_and_session() as (runner, session):
+        return runner.run(play(session))
 
 
-def _until_back(replica: deploy.Replica, before: dict[str, int]) -> float:
-    """When the replica takes requests again, with what was killed replaced."""
-    until = time.perf_counter() + _READY_S
+def workers(root: str) -> frozenset[str]:
+    """Those that take requests, as the gateway knows them."""
+    try:
+        with urllib.request.urlopen(f"{root}/ready", timeout=5) as answer:
+            return frozenset(json.load(answer)["engines"])
+    except urllib.error.HTTPError:
+        return frozenset()
+
+
+def until_back(root: str, before: frozenset[str]) -> float:
+    """When there are as many workers as before, after one of them was gone. What a worker writes of itself does not
+    count: it may not have noticed yet.
+    """
+    until, gone = time.perf_counter() + _READY_S, False
     while time.perf_counter() < until:
-        state = replica.state()
-        if state["state"] == "ready" and state["pids"] != before:
+        now = workers(root)
+        gone = gone or not before <= now
+        if gone and len(now) >= len(before):
             return time.perf_counter()
         time.sleep(0.02)
     raise SystemExit("the replica did not come back")
+
+
+def pid_of(place: Place, part: str) -> int:
+    """Of the first replica."""
+    pids = (place.state() or {})["replicas"][0]["pids"]
+    if part != "stub":
+        return int(pids[part])
+    children = psutil.Process(pids["triton"]).children(recursive=True)
+    return next(one.pid for one in children if "/tensorrt_llm/1/model.py" in " ".join(one.cmdline()))
+
+
+def serve(repository: Path, work: Path, ports: Sequence[int], replicas: int) -> None:
+    """The endpoint, in this process, until it is told to end."""
+    from toolchain.cli import deploying
+    from toolchain.console import Screen
+    from toolchain.fleet.deployment import Deployment, Ports, Replicas
+
+    doors = Ports(openai=ports[0], predict=False, grpc=ports[1])
+    counts = Replicas(min=replicas, max=replicas)
+    asked = Deployment(
+        endpoint=NAME, recipes=("given",), replicas=counts, drain_seconds=3.0, max_queue=256, ports=doors
+    )
+    deploying.run(Screen(), asked, [repository] * replicas, work, keys=None, insecure_open=False)
+
+
+@contextmanager
+def process(argv: Sequence[object], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Started; asked to end at the end of the block, and killed where it does not."""
+    with log.open("wb") as stream_to:
+        child = subprocess.Popen([str(word) for word in argv], stdout=stream_to, stderr=subprocess.STDOUT)
+    try:
+        yield child
+    finally:
+        child.send_signal(signal.SIGINT)
+        try:
+            child.wait(60)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def until(condition: Callable[[], object], child: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _READY_S
+    while not condition():
+        if child.poll() is not None or time.monotonic() > deadline:
+            raise SystemExit(log.read_text())
+        time.sleep(0.2)
+
+
+def answers(root: str) -> bool:
+    try:
+        return bool(workers(root))
+    except OSError:
+        return False
 
 
 def main() -> None:
@@ -162,46 +285,62 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("repository", type=Path)
     parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--long", type=int, default=600, help="Tokens of the streams under which a part is killed.")
+    parser.add_argument("--only", choices=["cost", "felt"])
+    parser.add_argument("--serve", nargs=3, metavar=("WORK", "HTTP", "GRPC"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    work = Path(tempfile.mkdtemp(prefix="bench-fleet-"))
-    deployment = Deployment(endpoint="bench", recipes=("given",), replicas=Replicas(min=2), drain_seconds=3.0)
-    model = gateway.model_of_repository(asked.repository, deployment.endpoint)
-    place = deploy.Place.of(work, deployment.endpoint)
-    settings = Settings(model, (), timeouts=Timeouts(patience_s=60))
-    fleet_at, plain_at = (Listen(port=free_ports().http, predict_port=None) for _ in range(2))
-    with (
-        deploy.local(deployment, [asked.repository] * 2, place, progress=Silent()) as endpoint,
-        gateway.background(settings, fleet_at, log=work / "fleet.log", engines=endpoint.engines),
-    ):
-        ports = [replica.state()["ports"]["http"] for replica in endpoint.replicas]
-        over = Settings(model, tuple(Upstream(f"http://127.0.0.1:{port}") for port in ports))
-        fleet, plain = fleet_at.urls["OpenAI"], plain_at.urls["OpenAI"]
-        while any(replica.state()["state"] != "ready" for replica in endpoint.replicas):
-            time.sleep(0.1)
-        with gateway.background(over, plain_at, log=work / "plain.log"):
-            time.sleep(2)
-            found: dict[str, Any] = {
-                "streams": asked.streams,
-                "tokens": asked.tokens,
-                "rounds": asked.rounds,
-                **compared(fleet, plain, model.name, asked.streams, asked.rounds, asked.tokens),
-            }
-        parts = [
-            ("worker", signal.SIGKILL),
-            ("triton", signal.SIGKILL),
-            ("stub", signal.SIGKILL),
-            ("worker", signal.SIGSTOP),
-        ]
-        found["nothing killed"] = felt(endpoint, fleet, model.name, asked.long, "worker", 0)
-        for part, number in parts:
-            name = f"{part} {number.name}"
-            found[name] = felt(endpoint, fleet, model.name, asked.long, part, number)
-            print(name, found[name], file=sys.stderr)
-            time.sleep(1)
+    if asked.serve:
+        serve(asked.repository, Path(asked.serve[0]), [int(port) for port in asked.serve[1:]], asked.replicas)
+        return
+    work, ports = Path(tempfile.mkdtemp(prefix="bench-fleet-")), free_ports()
+    place, root = Place(work / "endpoints" / NAME), f"http://127.0.0.1:{ports.http}"
+    found: dict[str, Any] = {"streams": asked.streams, "tokens": asked.tokens, "rounds": asked.rounds}
+    own = [sys.executable, __file__, asked.repository.resolve(), "--replicas", asked.replicas]
+    with ExitStack() as stack:
+        log = work / "endpoint.log"
+        endpoint = stack.enter_context(process([*own, "--serve", work, ports.http, ports.grpc], log))
+        until(lambda: answers(root) and len(workers(root)) == asked.replicas, endpoint, log)
+        if asked.only != "felt":
+            found["cost"] = measured_cost(stack, work, place, root, asked)
+            print(json.dumps(found["cost"], indent=2), file=sys.stderr)
+        if asked.only != "cost":
+            found["felt"] = measured_felt(place, root, asked.long)
     print(json.dumps(found, indent=2))
+
+
+def measured_cost(stack: ExitStack, work: Path, place: Place, root: str, asked: argparse.Namespace) -> dict[str, Any]:
+    """With a gateway over the endpoint's own Tritons beside it."""
+    tritons = [f"http://127.0.0.1:{one['ports']['http']}" for one in (place.state() or {})["replicas"]]
+    port, log = free_ports().http, work / "gateway.log"
+    argv = [sys.executable, "-m", "toolchain.cli", "gateway", "--repository", asked.repository.resolve()]
+    argv += ["--model-name", NAME, "--port", port, "--no-predict", "--max-queue", 256, "--work", work]
+    argv += [word for url in tritons for word in ("--triton", url)]
+    plain = stack.enter_context(process(argv, log))
+    until(lambda: answers(f"http://127.0.0.1:{port}"), plain, log)
+    path = f"/v2/models/{BLS}/generate_stream"
+    targets = {
+        "triton": Target(tuple(f"{url}{path}" for url in tritons), True),
+        "fleet": Target((f"{root}{path}",), True),
+        "gateway": Target((f"http://127.0.0.1:{port}/v1/completions",), False),
+        "openai": Target((f"{root}/v1/completions",), False),
+    }
+    return cost(targets, asked.streams, asked.rounds, asked.tokens)
+
+
+def measured_felt(place: Place, root: str, tokens: int) -> dict[str, Any]:
+    """One part after the other, each after the replica is whole again."""
+    target = Target((f"{root}/v1/completions",), False)
+    parts = [("worker", 0), ("worker", signal.SIGKILL), ("triton", signal.SIGKILL), ("stub", signal.SIGKILL)]
+    found = {}
+    for part, number in [*parts, ("worker", signal.SIGSTOP)]:
+        name = f"{part} {signal.Signals(number).name}" if number else "nothing killed"
+        found[name] = felt(place, target, root, tokens, part, number)
+        print(name, found[name], file=sys.stderr)
+        time.sleep(1)
+    return found
 
 
 if __name__ == "__main__":
