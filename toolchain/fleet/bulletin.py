@@ -8,6 +8,7 @@ gateway: see ``meter``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -50,7 +51,8 @@ class Bulletin:
         assert self._adapter is not None
         while True:
             self._metrics = of_engine(await self._adapter.triton.metrics())
-            self._write()
+            with contextlib.suppress(OSError):  # a full disk ends no answer
+                self._write()
             await asyncio.sleep(_EVERY_S)
 
     def _write(self) -> None:

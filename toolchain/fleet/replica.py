@@ -24,7 +24,7 @@ from toolchain.servers.triton.command import Ports
 from toolchain.servers.triton.locate import find_server
 from toolchain.servers.triton.needs import needs_of
 from toolchain.servers.triton.ports import free_ports
-from toolchain.servers.triton.supervisor import ServingInfo, Supervisor
+from toolchain.servers.triton.supervisor import ServingInfo, Supervisor, status_file_of
 
 _BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0)
 """Before a dead worker's next start; after the last of them it is given up."""
@@ -175,6 +175,9 @@ class Replica:
             drain_s=offer.drain_s,
             fingerprint=offer.identity,
             state=str(self._folder / "worker.json"),
+            replica=self.name,
+            metrics_url=info.metrics_url,
+            status_file=str(status_file_of(info.log, self._ports.http)),
         )
         spec.write(self._folder / "spec.json")
         return info
