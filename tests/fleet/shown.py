@@ -46,7 +46,7 @@ class Shown:
     def node(self, name: str, *replicas: Mapping[str, Any], **other: Any) -> None:
         """What this node says from now on."""
         facts = {"provider": "anna", "device": "rtx4090", "gpus": 1, "room": 2, "price_per_hour": 0.44, "state": "up"}
-        self.board.put(f"nodes/{name}", {"node": name, **facts, **other, "replicas": list(replicas)})
+        self.board.put(f"nodes/{name}", {"node": name, "replicas": list(replicas), **facts, **other})
 
     def gone(self, name: str) -> None:
         self.board.remove(f"nodes/{name}")

@@ -120,6 +120,26 @@ def test_a_name_that_no_node_has_is_booked_to_nobody(scene: Scene) -> None:
     assert {one.provider for one in usages(scene.path) if one.tokens_out} == {"unknown"}
 
 
+def test_a_node_earns_nothing_for_replicas_that_are_anothers(scene: Scene) -> None:
+    honest, thief = node("n1", ("a", "ready")), node("n2", ("a", "ready"), ("b", "ready"))
+    for _ in range(3):
+        scene.meter.tick({"nodes/n2": thief, "nodes/n1": honest, "nodes/n3": {**honest, "node": "n1"}}, {"n1": ["a"]})
+        scene.meter.answer("a", tokens_out=10)
+        scene.clock.now_s += 1
+    scene.meter.close()
+    (one,) = usages(scene.path)
+    assert (one.node, one.provider, one.tokens_out, one.node_ms) == ("n1", "of-n1", 30, 2000)
+
+
+@pytest.mark.parametrize(
+    "nonsense", [{"price_per_hour": "NaN"}, {"price_per_hour": -1}, {"gpus": "x"}, {"replicas": 3}, {"replicas": [{}]}]
+)
+def test_a_node_that_talks_nonsense_counts_for_nothing_and_harms_nobody(scene: Scene, nonsense: dict[str, Any]) -> None:
+    scene.seconds(2, {**node("n0", ("x", "ready")), **nonsense}, node("n1", ("a", "ready")))
+    scene.meter.close()
+    assert [(one.node, one.node_ms) for one in usages(scene.path)] == [("n1", 2000)]
+
+
 def test_intervals_end_with_the_minute_and_a_new_price_is_a_record_of_its_own(scene: Scene) -> None:
     scene.clock.now_s = 1_700_000_040.0  # 20 s after a full minute
     scene.meter.close()

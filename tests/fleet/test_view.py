@@ -12,15 +12,9 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.e2e.parrot import write_parrot
 from tests.fleet.shown import Shown, replica, showing
 from tests.gateway.behind_gateway import Gateway, settings_for
 from toolchain.ledger.record import Head
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_parrot(tmp_path_factory.mktemp("parrot"))
 
 
 @pytest.fixture
@@ -31,8 +25,8 @@ def shown(tmp_path: Path) -> Iterator[Shown]:
 
 
 @pytest.fixture
-def door(shown: Shown, tokenizer: Path) -> Iterator[Gateway]:
-    with showing(shown, settings_for(tokenizer)) as found:
+def door(shown: Shown, parrot: Path) -> Iterator[Gateway]:
+    with showing(shown, settings_for(parrot)) as found:
         yield found
 
 
@@ -45,7 +39,7 @@ def status(door: Gateway) -> dict[str, Any]:
 def test_status_shows_nodes_replicas_and_what_they_cost(shown: Shown, door: Gateway) -> None:
     shown.node("n1", replica("r1"), replica("r2", "starting", why="loads"), gpus=2)
     shown.node("n2", replica("r3", "failed", why="no memory"), price_per_hour=0.9)
-    shown.node("n3", replica("r4"), price_per_hour=None)
+    shown.node("n3", replica("r4"), price_per_hour=None, device="of another world")
     shown.node("n4", price_per_hour=2.0)
     found = status(door)
     fleet = found["fleet"]
@@ -94,7 +88,7 @@ def test_while_the_board_cannot_be_reached_the_last_state_stays_and_says_so(
     shown.node("n1", replica("r1"))
     assert status(door)["fleet"]["reached"]
     (tmp_path / "parrot" / "board" / "nodes" / "n1.json").write_text("torn")
-    time.sleep(0.6)  # a status is kept for half a second
+    time.sleep(0.7)  # a status is kept for half a second
     fleet = status(door)["fleet"]
     assert not fleet["reached"]
     assert [node["name"] for node in fleet["nodes"]] == ["n1"]
@@ -112,3 +106,18 @@ def test_metrics_of_replicas_and_their_engines_name_node_and_replica(shown: Show
     assert first.labels["kv_cache_block_type"] == "used"
     assert [one.value for one in families["scalellm_replica_tokens"].samples] == [9000, 9000]
     assert "scalellm_gateway_running" in families
+
+
+@pytest.mark.parametrize(
+    "nonsense", [{"price_per_hour": "NaN"}, {"gpus": None}, {"replicas": "x"}, {"replicas": [{"name": "r1"}]}]
+)
+def test_a_node_that_talks_nonsense_is_not_shown_and_harms_nobody(
+    shown: Shown, door: Gateway, nonsense: dict[str, Any]
+) -> None:
+    shown.node("n0", **{"price_per_hour": 1, **nonsense})
+    shown.node("n1", replica("r1"), replica("r2", figures={"tokens": "3\nevil 1", "metrics": "evil 1\n" * 10**5}))
+    with urllib.request.urlopen(f"{door.root}/metrics") as answer:
+        text = answer.read().decode()
+    assert 'scalellm_replica_ready{node="n1",replica="r1"} 1.0' in text
+    assert "evil" not in text
+    assert [node["name"] for node in status(door)["fleet"]["nodes"]] == ["n1"]

@@ -28,8 +28,8 @@ _PASSED_ON = re.compile(
 """Families of Triton's metrics that tell of the engine and its GPU
 (https://github.com/triton-inference-server/server/blob/main/docs/user_guide/metrics.md, read 2026-11).
 """
-_MOST = 32 * 1024
-"""Characters; what a board takes as one value is bounded (etcd: 1.5 MiB)."""
+MOST_CHARACTERS = 32 * 1024
+"""Of metrics; what a board takes as one value is bounded (etcd: 1.5 MiB)."""
 
 
 class Bulletin:
@@ -89,4 +89,4 @@ def of_engine(text: str) -> str:
         if "model=" not in labels or f'model="{ENGINE_MODEL}"' in labels:
             lines.append(line)
     kept = "\n".join(lines)
-    return f"{kept}\n" if kept and len(kept) <= _MOST else ""
+    return f"{kept}\n" if kept and len(kept) <= MOST_CHARACTERS else ""

@@ -1,17 +1,19 @@
 """Who served what: counts the tokens of every answer for the replica that gave them, and books them in the ledger.
 
-The gateway counts what it has got itself; a node's word is taken for one thing alone, which replica of its own gave an
-item, and only where the board shows that replica. Time counts while the board shows a replica ready: a node's time is
-shared by those of its replicas that are ready at once, so that a node with one GPU and three replicas earns for one.
+The gateway counts what it has got itself. An item says which replica gave it; that name counts for the node to which
+the head assigned it, so a node can give away its own tokens but take none of another's. Time counts while the board
+shows an assigned replica ready: a node's time is shared by those of its replicas that are ready at once, so that a node
+with one GPU and three replicas earns for one.
 Booked once an interval of the clock (UTC) and at the end; what ``kill -9`` loses is the interval that is open.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Protocol
@@ -27,6 +29,9 @@ _LONGEST_S = 10.0
 _RATE_S = 10.0
 """Tokens a second are of so long."""
 _NS_PER_MS = 1_000_000
+_DEAREST, _MOST_GPUS = Decimal(10_000), 1024
+"""Dollars an hour, and GPUs, of one node: beyond, somebody has mistyped."""
+NODES = "nodes/"
 READY = "ready"
 
 
@@ -114,14 +119,21 @@ class Meter:
         """Of one answer that begins. ``counted``: whether it is a request, or a further answer of one."""
         return Booking(self, prompt_tokens if counted else 0, int(counted))
 
-    def tick(self, nodes: Mapping[str, Mapping[str, Any]]) -> None:
-        """What the board shows under ``nodes/``, about once a second."""
+    def tick(
+        self, nodes: Mapping[str, Mapping[str, Any]], assigned: Mapping[str, Collection[str]] | None = None
+    ) -> None:
+        """What the board shows under ``nodes/``, about once a second. ``assigned``: node -> the names of the replicas
+        that it was given; None trusts the nodes. What a node says that makes no sense counts for nothing.
+        """
         with self._lock:
             now_ns = self._steady_ns()
             past_ns = 0 if self._ticked_ns is None else now_ns - self._ticked_ns
             self._ticked_ns = now_ns
-            for said in nodes.values():
-                self._see(said, min(past_ns, int(_LONGEST_S * 1e9)))
+            for key, said in nodes.items():
+                node = key.removeprefix(NODES)
+                with contextlib.suppress(KeyError, TypeError, ValueError, ArithmeticError):
+                    names = None if assigned is None else assigned.get(node, ())
+                    self._see(node, said, names, min(past_ns, int(_LONGEST_S * 1e9)))
             self._samples.append((now_ns, dict(self._tokens)))
             while len(self._samples) > 2 and now_ns - self._samples[1][0] >= _RATE_S * 1e9:
                 self._samples.popleft()
@@ -175,14 +187,15 @@ class Meter:
         """The ledger's newest record; None without a ledger."""
         return self._head
 
-    def _see(self, said: Mapping[str, Any], past_ns: int) -> None:
-        place = place_of(said)
-        ready = [str(one["name"]) for one in said["replicas"] if one["state"] == READY]
-        for one in said["replicas"]:
-            name = str(one["name"])
+    def _see(self, node: str, said: Mapping[str, Any], names: Collection[str] | None, past_ns: int) -> None:
+        place = place_of(node, said)
+        states = {str(one["name"]): one["state"] for one in said["replicas"]}
+        states = {name: state for name, state in states.items() if names is None or name in names}
+        for name in states:
             self._places[name] = place
             if name in self._loose:
                 self._add((name, place), self._loose.pop(name))
+        ready = [name for name, state in states.items() if state == READY]
         for name in ready:
             self._open.setdefault((name, place), Counts()).node_ns += past_ns // len(ready)
 
@@ -226,16 +239,15 @@ class Booking:
         self._before, self._tokens_in, self._requests = self._now, 0, 0
 
 
-def place_of(said: Mapping[str, Any]) -> Place:
-    """From what a node says of itself on the board."""
-    price = said.get("price_per_hour")
-    return Place(
-        provider=str(said["provider"]),
-        node=str(said["node"]),
-        device=str(said["device"]),
-        gpus=int(said["gpus"]),
-        price_per_hour=Decimal(str(price)) if price is not None else Decimal(0),
-    )
+def place_of(node: str, said: Mapping[str, Any]) -> Place:
+    """From what a node says of itself on the board. Raises KeyError, TypeError, ValueError or ArithmeticError for what
+    makes no sense.
+    """
+    price = Decimal(str(said.get("price_per_hour") or 0))
+    gpus = int(said["gpus"])
+    if not (price.is_finite() and 0 <= price <= _DEAREST and 0 <= gpus <= _MOST_GPUS):
+        raise ValueError(f"{node}: {gpus} GPUs for {price} dollars an hour")
+    return Place(str(said["provider"]), node, str(said["device"]), gpus, price)
 
 
 def _usages(taken: Mapping[tuple[str, Place], Counts], begin_ms: int, end_ms: int) -> list[Usage]:

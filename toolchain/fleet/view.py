@@ -9,23 +9,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from toolchain.device import find_device
 from toolchain.errors import EndpointError
 from toolchain.fleet.board import Board
-from toolchain.fleet.meter import READY, Meter
+from toolchain.fleet.bulletin import MOST_CHARACTERS
+from toolchain.fleet.meter import NODES, READY, Meter, place_of
+from toolchain.fleet.pricing import priced
 from toolchain.gateway.engines import Relayed
 from toolchain.gateway.fleet_status import FleetEvent, FleetNode, FleetReplica, FleetStatus, LedgerHead
 from toolchain.gateway.kv import Blocks, Drafts
 from toolchain.ledger.record import plain
 
-NODES = "nodes/"
 SPEC = "spec"
 EVENTS = "events.jsonl"
 _EVENTS = 40
+_FRESH_S = 0.4
+"""However many ask, the board is read once in that time."""
 _TAIL_BYTES = 32 * 1024
 _OVER = frozenset({"failed", "ended"})
 _GAUGES = {
@@ -50,6 +55,7 @@ class View:
     def __init__(self, board: Board, meter: Meter, events: Path | None = None) -> None:
         """``events``: the file to which the head appends what happens."""
         self._board, self._meter, self._events = board, meter, events
+        self._read_s, self._reached = float("-inf"), False
         self._nodes: dict[str, dict[str, Any]] = {}
         self._spec: dict[str, Any] = {}
 
@@ -62,28 +68,32 @@ class View:
         await asyncio.to_thread(self._read)
         rates = self._meter.rates()
         return [
-            Relayed({"node": str(said["node"]), "replica": str(one["name"])}, _text(one, rates))
-            for said in self._nodes.values()
+            Relayed({"node": name, "replica": str(one["name"])}, _text(one, rates))
+            for name, said in self._nodes.items()
             for one in said["replicas"]
         ]
 
-    def _read(self) -> bool:
+    def _read(self) -> None:
+        if time.monotonic() - self._read_s < _FRESH_S:
+            return
         try:
-            self._nodes = self._board.read(NODES)
             self._spec = self._board.read(SPEC).get(SPEC, {})
+            found = priced(self._board.read(NODES), self._spec.get("prices", {}))
+            self._nodes = {key.removeprefix(NODES): said for key, said in found.items() if _makes_sense(key, said)}
+            self._reached = True
         except EndpointError:
-            return False
-        return True
+            self._reached = False
+        self._read_s = time.monotonic()
 
     def _status(self) -> FleetStatus:
-        reached = self._read()
+        self._read()
         spec, rates, head = self._spec, self._meter.rates(), self._meter.head
-        nodes = [_node(said, rates) for said in self._nodes.values()]
+        nodes = [_node(name, said, rates) for name, said in self._nodes.items()]
         used = [node for node in nodes if any(one.state not in _OVER for one in node.replicas)]
         cost = sum((Decimal(node.price_per_hour or 0) for node in used), Decimal(0))
         budget = spec.get("max_price_per_hour")
         return FleetStatus(
-            reached=reached,
+            reached=self._reached,
             nodes=nodes,
             gpus=sum(node.gpus for node in used),
             ready=sum(one.state == READY for node in nodes for one in node.replicas),
@@ -100,12 +110,23 @@ class View:
         )
 
 
-def _node(said: Mapping[str, Any], rates: Mapping[str, float]) -> FleetNode:
-    price = said.get("price_per_hour")
+def _makes_sense(name: str, said: Mapping[str, Any]) -> bool:
+    """Whether it can be shown: a node may put there whatever it likes."""
+    try:
+        place_of(name, said)
+        _node(name, said, {})
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
+        return False
+    return True
+
+
+def _node(name: str, said: Mapping[str, Any], rates: Mapping[str, float]) -> FleetNode:
+    price, known = said.get("price_per_hour"), find_device(said["device"])
     return FleetNode(
-        name=said["node"],
+        name=name,
         provider=said["provider"],
         device=said["device"],
+        device_title=known.title if known else said["device"],
         gpus=said["gpus"],
         room=said["room"],
         state=said["state"],
@@ -165,7 +186,8 @@ def _text(said: Mapping[str, Any], rates: Mapping[str, float]) -> str:
     lines = []
     for kind, families in (("gauge", _GAUGES), ("counter", _COUNTERS)):
         for name, help_text in families.items():
-            if values[name] is not None:
+            if isinstance(values[name], (int, float)):
                 full = f"scalellm_replica_{name}"
                 lines += [f"# HELP {full} {help_text}", f"# TYPE {full} {kind}", f"{full} {values[name]}"]
-    return "\n".join(lines) + "\n" + str(figures.get("metrics", ""))
+    own, engine = "\n".join(lines) + "\n", str(figures.get("metrics", ""))
+    return own + engine if len(engine) <= MOST_CHARACTERS else own

@@ -33,6 +33,8 @@ class FleetNode(BaseModel):
     name: str
     provider: str
     device: str
+    device_title: str
+    """For people: ``RTX 4090``."""
     gpus: int
     room: int
     """How many replicas it can hold."""
