@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from toolchain import workspace
 from toolchain.fleet.worker import ENGINE_MODEL, Adapter
 from toolchain.gateway.kv import blocks_of, drafts_of
 
@@ -59,8 +58,11 @@ class Bulletin:
         if not self._file:
             return
         text = json.dumps({**self._state, "figures": self._figures()} if self._adapter else self._state)
-        if text != self._told:
-            workspace.write_durably(Path(self._file), text.encode())
+        if text != self._told:  # not synced: it must be whole, not outlive a power cut, and answers wait meanwhile
+            file = Path(self._file)
+            temporary = file.with_name(f".{file.name}.tmp")
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(file)
         self._told = text
 
     def _figures(self) -> dict[str, Any]:
