@@ -24,7 +24,6 @@ from toolchain.planning.plan import Plan, make_plan
 from toolchain.quantizers import peaks as quantizer_peaks
 from toolchain.recipe import available, load_recipe, parse_recipe
 from toolchain.stages.doctor import Finding, Machine, Target, look, preflight, target_of
-from toolchain.stages.doctor.preflight import PORTS_APART
 from toolchain.units import GIB, MIB
 
 LOCAL, CONTAINER = Target("local"), Target("container")
@@ -209,9 +208,6 @@ def test_a_taken_port_is_told_with_its_owner(tmp_path: Path) -> None:
 
 
 def test_every_service_of_the_recipe_needs_ports_of_its_own() -> None:
-    from toolchain.stages.serve import PORTS_APART as APART
-
-    assert PORTS_APART == APART
     text = "device: a100\nquantization: {weights: int4}\nlimits: {max_batch_size: 2}\nservices: 2\n" + PORTS
     gpu = Gpu(0, "NVIDIA A100-SXM4-80GB", "GPU-1", 80, "590.44.01", 81920 * MIB, 81000 * MIB)
     machine = replace(MACHINE, gpus=(gpu,), listening=frozenset({18012}))

@@ -292,13 +292,16 @@ class Front:
             yield
 
 
-def front(repository: Path, ports: Ports, **flags: Any) -> Front:
-    """What ``serve --gateway`` starts. Raises ScalellmError for what could not be served or would be unsafe."""
+def front(repository: Path, ports: Ports, model_name: str | None = None, **flags: Any) -> Front:
+    """What ``serve --gateway`` starts; ``model_name``: instead of the recipe's.
+
+    Raises ScalellmError for what could not be served or would be unsafe.
+    """
     from toolchain.gateway.run import check
     from toolchain.stages import gateway as stage
 
     stage.require_libraries()
-    settings = settings_of(stage.model_of_repository(repository), _local(repository, ports), **flags)
+    settings = settings_of(stage.model_of_repository(repository, model_name), _local(repository, ports), **flags)
     listen = listen_of(**flags)
     check(settings, listen)
     return Front(settings, listen, repository.resolve().parent / "gateway.log")

@@ -45,8 +45,20 @@ from toolchain.cli.flags import PATH, common, complete_recipe, open_screen, work
     metavar="SECONDS",
     help="Give up when the server does not answer by then.",
 )
+@click.option("--log", type=PATH, metavar="FILE", help="Triton's log. [default: triton.log beside the repository]")
 @click.option("--gateway/--no-gateway", default=False, help="Also OpenAI's API and FEDML's /predict, before Triton.")
 @click.option("--gateway-port", "port", type=doors.PORT, default=8080, show_default=True, help="OpenAI's API.")
+@click.option("--model-name", metavar="NAME", help="What the gateway's clients call it. [default: the recipe's name]")
+@click.option("--max-queue", type=click.IntRange(0), default=64, show_default=True, help="Waiting; more get 429.")
+@click.option(
+    "--drain",
+    "drain_s",
+    type=click.FloatRange(1, 86400),
+    default=30,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long requests at work may take once it is told to end.",
+)
 @doors.ports_flags
 @common
 def serve(
@@ -61,7 +73,9 @@ def serve(
     server: Literal["auto", "bundled", "path", "container"],
     allow_unverified: bool,
     start_timeout_s: float,
+    log: Path | None,
     gateway: bool,
+    drain_s: float,
     json_output: bool,
     verbose: int,
     **front_flags: Any,
@@ -103,6 +117,8 @@ def serve(
         grpc=grpc_port or settings.grpc_port,
         metrics=metrics_port or settings.metrics_port,
     )
+    if gateway and log:
+        raise click.UsageError("--log goes without --gateway, which reads what the engine writes beside triton.log.")
     address, front = host or settings.host, None
     if gateway:  # then --host is the gateway's, and Triton itself is reached from this machine only
         front = doors.front(repository, ports, host=address, work=work, **front_flags)
@@ -121,7 +137,9 @@ def serve(
             server=server,
             progress=screen,
             on_ready=on_ready,
+            log=log,
             start_timeout_s=start_timeout_s,
+            exit_timeout_s=round(drain_s),
         )
     sys.exit(code)
 

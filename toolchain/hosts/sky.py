@@ -15,9 +15,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from toolchain import runner
+from toolchain.document import yaml_text
 from toolchain.errors import ToolError
 from toolchain.host import EngineJob, HostCommand
 from toolchain.hosts import watching
@@ -106,8 +105,7 @@ class Sky:
             "file_mounts": {f"~/{PLACE}/checkpoint": str(job.checkpoint.absolute())},
             "run": f'set -e\nmkdir -p "$HOME"/{PLACE}/engine\ncd "$(mktemp -d)"\n{builder}\n',
         }
-        text: str = yaml.dump(task, Dumper=_Dumper, sort_keys=False, width=1000)
-        return text
+        return yaml_text(task)
 
     def build(self, job: EngineJob, log: Path, progress: Progress) -> None:
         write, launch, fetch, down = self.commands(job)
@@ -136,17 +134,6 @@ class Sky:
 
 def _give_back(down: HostCommand) -> None:
     runner.run(down.argv, timeout_s=_DOWN_TIMEOUT_S, check=False)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes the script of the task as a block."""
-
-
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-
-
-_Dumper.add_representer(str, _text)
 
 
 def _enabled(cloud: str) -> tuple[list[str], str]:

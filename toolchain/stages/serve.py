@@ -16,7 +16,7 @@ from typing import TypedDict, Unpack
 
 from toolchain.errors import EndpointError, ScalellmError
 from toolchain.progress import Progress
-from toolchain.servers.triton.command import Ports
+from toolchain.servers.triton.command import PORTS_APART, Ports
 from toolchain.servers.triton.health import Policy
 from toolchain.servers.triton.locate import Preference, Server, find_server
 from toolchain.servers.triton.needs import Needs, needs_of
@@ -24,8 +24,6 @@ from toolchain.servers.triton.supervisor import ServingInfo, Supervisor, status_
 
 __all__ = ["Options", "Policy", "Ports", "ServingInfo", "background", "ports_of", "serve", "status_file"]
 
-PORTS_APART = 10
-"""Between the ports of one service and the next; Triton's own defaults are 8000 to 8002."""
 _LAST_PORT = 65535
 
 

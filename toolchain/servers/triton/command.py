@@ -14,6 +14,8 @@ CONTAINER_REPOSITORY = "/models"
 ENGINE_MODEL = "tensorrt_llm"
 DRAFT_MODEL = "tensorrt_llm_draft"
 """The only model that ranks beside the first load."""
+PORTS_APART = 10
+"""Between the ports of one service and the next; Triton's own defaults are 8000 to 8002."""
 STATUS_FILE = "SCALELLM_STATUS_FILE"
 """The environment variable in which ``model_repo_templates/common/shared/engine_model.py`` looks for it."""
 _SHM_SIZE, _SHM_SIZE_OF_RANKS = "1g", "4g"

@@ -15,14 +15,12 @@ from toolchain.installed import is_release
 from toolchain.planning.build_peaks import BUILD_RAM_FACTOR, Peak
 from toolchain.planning.plan import Plan
 from toolchain.release import Release, order
-from toolchain.servers.triton.command import Ports
+from toolchain.servers.triton.command import PORTS_APART, Ports
 from toolchain.servers.triton.ports import check_ports
 from toolchain.stages.doctor.finding import Finding, absent, fail, good, warning
 from toolchain.stages.doctor.probe import Target
 from toolchain.units import format_bytes
 
-PORTS_APART = 10
-"""Between the ports of one service and the next, as ``stages.serve`` gives them out."""
 _FORWARD = "https://docs.nvidia.com/deploy/cuda-compatibility/forward-compatibility.html"
 
 
