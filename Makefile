@@ -12,7 +12,7 @@ BIN     := $(VENV)/bin
 SCALELLM = $(BIN)/scalellm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo browser test test-oracle test-sky test-schema test-lm-eval check build serve lock clean
+.PHONY: help demo browser tools test test-oracle test-sky test-schema test-lm-eval check build serve lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -43,7 +43,21 @@ browser:  ## as root of a Debian: install its Chromium, in which the page is tes
 	fi; \
 	echo "No Chromium here: the tests of the page in a browser will be skipped"
 
-test: $(VENV)/.dev browser  ## set everything up and run the whole test suite
+TOOLS := .tools
+
+$(TOOLS)/.debs:
+	@mkdir -p $(TOOLS) && cd $(TOOLS) && if command -v apt-get >/dev/null; then \
+	  echo "Taking promtool and the schema of compose files out of Debian's packages"; \
+	  apt-get download -qq prometheus docker-compose >/dev/null 2>&1 \
+	    || { apt-get update -qq && apt-get download -qq prometheus docker-compose; } >/dev/null 2>&1; \
+	  for package in *.deb; do [ -f "$$package" ] && dpkg-deb --extract "$$package" . && rm "$$package"; done; \
+	fi; true
+	@if [ -x $(TOOLS)/usr/bin/promtool ]; then touch $@; \
+	  else echo "No promtool here: some tests of \`deploy export\` will be skipped"; fi
+
+tools: $(TOOLS)/.debs  ## promtool and the schema of compose files, out of Debian's packages, for the tests of `deploy export`
+
+test: $(VENV)/.dev browser tools  ## set everything up and run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 $(ORACLE)/.installed: pyproject.toml constraints-oracle.txt
@@ -66,8 +80,8 @@ $(SKY)/.installed: pyproject.toml
 	$(SKY)/bin/python -m pip install --quiet --disable-pip-version-check -r $(SKY)/requirements.txt
 	@touch $@
 
-test-sky: $(VENV)/.dev $(SKY)/.installed  ## let SkyPilot itself read the tasks that build on a rented GPU
-	SCALELLM_SKY=$(abspath $(SKY))/bin/python $(BIN)/python -m pytest tests/hosts/test_sky_reader.py
+test-sky: $(VENV)/.dev $(SKY)/.installed  ## let SkyPilot itself read the tasks that build on a rented GPU, and the services of `deploy export`
+	SCALELLM_SKY=$(abspath $(SKY))/bin/python $(BIN)/python -m pytest tests/hosts/test_sky_reader.py tests/exports/test_skyserve.py
 
 test-schema: $(VENV)/.dev  ## let Schemathesis ask the gateway at length what its OpenAPI documents offer
 	SCALELLM_SCHEMA_EXAMPLES=500 $(BIN)/python -m pytest tests/gateway/test_schema.py
@@ -98,4 +112,4 @@ lock: $(VENV)/.dev $(ORACLE)/.installed  ## write constraints.txt and constraint
 	$(ORACLE)/bin/python scripts/lock.py constraints-oracle.txt
 
 clean:  ## remove the environment, the demo's model and everything built
-	rm -rf $(VENV) $(ORACLE) $(SKY) $(LM_EVAL) .oracle .demo $(WORK)
+	rm -rf $(VENV) $(ORACLE) $(SKY) $(LM_EVAL) $(TOOLS) .oracle .demo $(WORK)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from toolchain.cli import doors
+from toolchain.cli import doors, exporting
 from toolchain.cli.flags import PATH, common, open_job, open_screen, work_flag
 
 if TYPE_CHECKING:
@@ -49,7 +49,11 @@ def deploy() -> None:
       scalellm deploy DEPLOYMENT.yaml --local
       scalellm deploy status
       scalellm deploy down my-llama
+      scalellm deploy export kubernetes DEPLOYMENT.yaml -o manifests --registry s3://bucket/models
     """
+
+
+deploy.add_command(exporting.export)
 
 
 @deploy.command("up", hidden=True)

@@ -64,10 +64,10 @@ class PriceList:
         for kind in KINDS:
             known = [row for row in rows if row.kind == kind]
             if known:
-                return min(self._of_today(known), key=lambda row: row.usd_per_hour)
+                return min(self.of_today(known), key=lambda row: row.usd_per_hour)
         return None
 
-    def _of_today(self, known: list[Price]) -> list[Price]:
+    def of_today(self, known: list[Price]) -> list[Price]:
         """The rows that were true when the newest of them was, or at most ``old_days`` before."""
         newest = max(datetime.date.fromisoformat(row.date) for row in known if row.date)
         return [row for row in known if not self.old(row, newest)]

@@ -37,7 +37,7 @@ class Remote:
         try:
             filesystem, root = url_to_fs(url)
         except ImportError as error:
-            package = _package(url)
+            package = package_for(url)
             raise ToolError(
                 f"{shown(url)}: needs {package or 'a package'}, which is not installed ({error})",
                 hint=f"pip install {package}" if package else "",
@@ -146,8 +146,8 @@ def shown(url: str) -> str:
     return re.sub(r"//[^/@]*@", "//", url)
 
 
-def _package(url: str) -> str:
-    """What to install for an address, such as ``"s3fs"``; empty where fsspec does not say."""
+def package_for(url: str) -> str:
+    """What to install for an address beside fsspec, such as ``"s3fs"``; empty for nothing, or what is not known."""
     from fsspec.registry import known_implementations
 
     known = known_implementations.get(url.partition(":")[0], {})
