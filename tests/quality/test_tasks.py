@@ -6,7 +6,9 @@ What needs the harness is skipped without it: ``make test-lm-eval`` runs it in a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from click.testing import CliRunner
 from tests.e2e.parrot import write_tokenizer
 from toolchain.checkpoint import Checkpoint
 from toolchain.cli import verbs
+from toolchain.endpoint import SAMPLING
 from toolchain.errors import ArtifactError, RejectedError, ToolError
 from toolchain.pipeline import Job
 from toolchain.progress import Silent
@@ -136,6 +139,87 @@ def test_both_models_answer_and_their_difference_is_paired(model: Path, task: Pa
     before, after = (report["models"][name]["numbers"]["acc"]["value"] for name in ("original", "quantized"))
     assert report["changes"]["numbers"]["acc"]["value"] == pytest.approx(after - before)
     assert [path.name for path in (work / "one").glob("tasks-*")] == []
+
+
+WRITES = """\
+task: writes
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{choices[answer]}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 20}}
+filter_list:
+  - name: plain
+    filter:
+      - function: remove_whitespace
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+"""
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Speaks as much of Triton's generate as is asked for: it says that every number is odd."""
+    seen: list[dict[str, Any]] = []
+
+    class Odd(BaseHTTPRequestHandler):
+        def log_message(self, *_arguments: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self.say({"inputs": [{"name": name} for name in ("text_input", "max_tokens", *SAMPLING)]})
+
+        def do_POST(self) -> None:
+            seen.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.say({"text_output": " odd.\nThe next"})
+
+        def say(self, document: dict[str, Any]) -> None:
+            body = json.dumps(document).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Odd) as listening:
+        thread = threading.Thread(target=listening.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.server_port}", seen
+        listening.shutdown()
+        thread.join()
+
+
+@with_harness
+def test_a_running_engine_writes_and_the_harness_counts(
+    model: Path, task: Path, tmp_path: Path, server: tuple[str, list[dict[str, Any]]]
+) -> None:
+    url, seen = server
+    writes, recipe = task.with_name("writes.yaml"), tmp_path / "one.yaml"
+    writes.write_text(WRITES.format(file=tmp_path / "questions.jsonl"))
+    recipe.write_text(job_of(model, tmp_path / "work").recipe.text)
+    words = ["verify", "--recipe", str(recipe), "--model", str(model), "--work", str(tmp_path / "work")]
+    asked = [*words, "--tasks", str(writes), "--endpoint", url]
+    done = CliRunner().invoke(verbs, [*asked, "--json"], catch_exceptions=False)
+    report: dict[str, Any] = json.loads(done.stdout)
+    found = report["models"]["engine"]["writes"]["exact_match"]
+    odd = [float(one["answer"] == 0) for one in QUESTIONS]
+    assert found["value"] == pytest.approx(np.mean(odd))
+    assert found["error"] == pytest.approx(np.std(odd, ddof=1) / len(odd) ** 0.5)
+    assert Path(report["file"]).name == "tasks-endpoint.json"
+    assert sorted(one["text_input"] for one in seen) == sorted(one["question"] for one in QUESTIONS)
+    assert all((one["max_tokens"], one["stop_words"], "temperature" in one) == (20, ["\n"], False) for one in seen)
+    shown = CliRunner().invoke(verbs, asked, catch_exceptions=False)
+    assert "exact_match" in shown.stdout
+    with pytest.raises(RejectedError, match="compares how likely") as refused:
+        CliRunner().invoke(verbs, [*words, "--tasks", str(task), "--endpoint", url], catch_exceptions=False)
+    assert "leave --endpoint out" in (refused.value.hint or "")
+
+
+def test_an_answer_ends_before_the_first_of_its_ends() -> None:
+    assert tasks.cut("odd.\n\nQ: 4", ["Q:", "\n"]) == "odd."
+    assert tasks.cut("odd.", ["\n"]) == "odd."
+    assert tasks.cut("odd.", []) == "odd."
 
 
 @with_harness

@@ -13,6 +13,8 @@ from toolchain.cli.flags import PATH, common, open_job, open_screen, place_flags
 
 if TYPE_CHECKING:
     from toolchain.console import Screen
+    from toolchain.endpoint import Endpoint
+    from toolchain.pipeline import Job
     from toolchain.pipeline.tasks import TaskReport
     from toolchain.pipeline.verifying import Answers, Judgment
 
@@ -43,6 +45,13 @@ _SHOWN_LAYERS = 8
     help="Accuracy in the lm-evaluation-harness instead: its tasks, or files as it reads them.",
 )
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="With --tasks: so many questions of each.")
+@click.option(
+    "--greedy",
+    type=click.IntRange(1, 4096),
+    metavar="N",
+    help="Instead: how many of N greedy tokens behind chat prompts are the unquantized model's; a pass over its "
+    "weights for each. --text is role-play (builtin) or a file of chats.",
+)
 @place_flags()
 @common
 def verify(
@@ -58,6 +67,7 @@ def verify(
     triton_model: str,
     tasks: tuple[str, ...],
     limit: int | None,
+    greedy: int | None,
     json_output: bool,
     verbose: int,
     **place: Any,
@@ -68,7 +78,9 @@ def verify(
     rows of text; the cache of a TensorRT-LLM engine is simulated, layer by layer. One layer is in memory at a time, and
     interrupted work continues. With --endpoint, greedy answers of a running engine are held against the checkpoint that
     it was built from, token by token: that shows wrong kernels, which weights do not. With --tasks, both models answer
-    the questions of lm-eval's tasks, layer by layer too, and the difference is paired question by question.
+    the questions of lm-eval's tasks, layer by layer too, and the difference is paired question by question; with both,
+    the engine answers in writing. With --greedy, of the checkpoint or of a running engine, each model goes on by itself
+    behind chat prompts, until the first other token.
 
     The exit code is 1 where the recipe's accept is not met; the verdict lies beside the engine, and serve heeds it.
 
@@ -78,23 +90,23 @@ def verify(
       scalellm verify --recipe t4 --text chats.jsonl --samples 64 --max-ram 6GiB
       scalellm verify --recipe tiny --endpoint http://127.0.0.1:8000 --tokens 128
       scalellm verify --recipe rtx4090 --tasks hellaswag --tasks my_questions.yaml --limit 500
+      scalellm verify --recipe tiny --greedy 64 --samples 16 --tokens 256
     """
     from toolchain.pipeline import verifying
 
+    if tasks and greedy:
+        raise click.UsageError("--tasks and --greedy are two measurements: give one of them")
     screen = open_screen(json_output, verbose)
     job = open_job(screen, recipe, model, work, target=target, **place)
+    running = _running(endpoint, triton_model)
     if tasks:
-        from toolchain.pipeline.tasks import verify_tasks
-
-        answered = verify_tasks(job, tasks, limit=limit, reference=reference)
-        screen.emit({**answered.report, "file": str(answered.file)})
-        _show_tasks(screen, answered)
+        _tasks(screen, job, tasks, limit, reference, running)
         return
-    if endpoint:
-        from toolchain.endpoint import Endpoint
-
-        asked = Endpoint(endpoint, "", model=triton_model)
-        answers = verifying.verify_endpoint(job, asked, text=text, samples=samples, tokens=tokens)
+    if greedy:
+        _greedy(screen, job, running, text=text, samples=samples, tokens=tokens, count=greedy, reference=reference)
+        return
+    if running:
+        answers = verifying.verify_endpoint(job, running, text=text, samples=samples, tokens=tokens)
         screen.emit(vars(answers))
         _show_answers(screen, answers)
         sys.exit(0 if answers.passed else 1)
@@ -102,6 +114,45 @@ def verify(
     screen.emit(_document(found))
     _show(screen, found)
     sys.exit(0 if found.passed else 1)
+
+
+def _running(url: str | None, model: str) -> Endpoint | None:
+    from toolchain.endpoint import Endpoint
+
+    return Endpoint(url, "", model=model) if url else None
+
+
+def _tasks(
+    screen: Screen,
+    job: Job,
+    tasks: tuple[str, ...],
+    limit: int | None,
+    reference: Path | None,
+    running: Endpoint | None,
+) -> None:
+    from toolchain.pipeline.tasks import verify_tasks, verify_tasks_of_endpoint
+
+    if running:
+        answered = verify_tasks_of_endpoint(job, tasks, running, limit=limit)
+    else:
+        answered = verify_tasks(job, tasks, limit=limit, reference=reference)
+    screen.emit({**answered.report, "file": str(answered.file)})
+    _show_tasks(screen, answered)
+
+
+def _greedy(screen: Screen, job: Job, running: Endpoint | None, **asked: Any) -> None:
+    from toolchain.pipeline.greedy import Asked, verify_greedy
+
+    found = verify_greedy(job, Asked(**asked), running)
+    screen.emit({**found.report, "file": str(found.file)})
+    report = found.report
+    screen.table(
+        f"{report['text']['prompts']} greedy answers of at most {report['asked_tokens']} tokens to "
+        f"{report['text']['source']}, beside the unquantized model's",
+        ("model", "tokens before the first other one", "same to the end", "same token, after the same text"),
+        [(_named(name, ""), *(_cell(value) for value in one.values())) for name, one in report["models"].items()],
+    )
+    screen.say(f"report: {found.file}")
 
 
 def _document(found: Judgment) -> dict[str, Any]:
@@ -150,14 +201,14 @@ def _show_tasks(screen: Screen, found: TaskReport) -> None:
     models, changes = report["models"], report["changes"]
     screen.table(
         f"lm-eval {report['lm_eval']}" + (f", {report['limit']} questions of each task" if report["limit"] else ""),
-        ("task", "questions", "metric", "original", "quantized", "difference, paired"),
+        ("task", "questions", "metric", *models, *(["difference, paired"] if changes else [])),
         [
             (
                 *(task, str(report["questions"].get(task, "-")), metric),
-                *(_cell(models[name][task][metric]) for name in ("original", "quantized")),
-                _cell(changes[task][metric]) if metric in changes.get(task, {}) else "-",
+                *(_cell(one[task][metric]) for one in models.values()),
+                *([_cell(changes[task][metric]) if metric in changes.get(task, {}) else "-"] if changes else []),
             )
-            for task, row in models["quantized"].items()
+            for task, row in [*models.values()][-1].items()
             for metric in row
         ],
     )
@@ -191,7 +242,7 @@ _COLUMNS = ("perplexity", "perplexity_ratio", "kl", "top1_agreement")
 
 
 def _named(name: str, judged: str) -> str:
-    words = {"original": "original", "weights": "quantized"}.get(name, f"+ {name} cache")
+    words = {"original": "original", "weights": "quantized", "engine": "engine"}.get(name, f"+ {name} cache")
     return f"{words} *" if name == judged else words
 
 

@@ -1,7 +1,8 @@
 """verify --tasks: accuracy in the lm-evaluation-harness, of a job's checkpoint and of the model that it was made from.
 
-The report lies beside the one on predictions, ``WORK/RECIPE/tasks.json``, and is made anew each time: a task's file can
-change without its name. It is no part of the verdict: which loss of which task matters, a person says.
+With ``--endpoint`` it is a running engine that answers, by itself: in writing. The report lies beside the one on
+predictions, ``WORK/RECIPE/tasks.json``, and is made anew each time: a task's file can change without its name. It is no
+part of the verdict: which loss of which task matters, a person says.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toolchain import __version__, workspace
 from toolchain.checkpoint import Checkpoint
+from toolchain.endpoint import Endpoint
+from toolchain.engine import Limits
 from toolchain.errors import PlanError
 from toolchain.pipeline.job import Job
 from toolchain.pipeline.verifying import quantized_checkpoint
@@ -24,6 +28,10 @@ from toolchain.quantizers.place import memory_errors
 from toolchain.quantizers.samples import open_tokenizer
 
 REPORT = "tasks.json"
+"""Of a checkpoint. Of a running engine: ``tasks-endpoint.json``."""
+_MAX_TOKENS = 256
+"""Of an answer where the task does not say: what the harness's own models do (``max_gen_toks``)."""
+_MOST_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,60 @@ def verify_tasks(job: Job, tasks: Sequence[str], *, limit: int | None, reference
     }
     workspace.write_durably(job.folder / REPORT, (json.dumps(report, indent=1) + "\n").encode())
     return TaskReport(report, job.folder / REPORT)
+
+
+def verify_tasks_of_endpoint(job: Job, tasks: Sequence[str], endpoint: Endpoint, *, limit: int | None) -> TaskReport:
+    """The same of a running engine, which writes its answers. Raises RejectedError for tasks that compare likelihoods,
+    EndpointError where nobody answers."""
+    harness.harness()
+    tokenizer = open_tokenizer(job.original().path)
+
+    def write(asked: Sequence[harness.Writing]) -> list[str]:
+        limits = job.plan.limits
+        with (
+            ThreadPoolExecutor(min(limits.max_batch_size, _MOST_AT_ONCE)) as pool,
+            job.progress.task("verify: tasks, the running engine", len(asked), "answers") as task,
+        ):
+
+            def answer(one: harness.Writing) -> str:
+                said = written(endpoint, tokenizer, one, job.plan.limits)
+                task.advance(1)
+                return said
+
+            return list(pool.map(answer, asked))
+
+    found = harness.evaluate(tasks, harness.model(tokenizer, write=write), limit)
+    report = {
+        "report": "tasks",
+        "scalellm": __version__,
+        "lm_eval": str(harness.harness().__version__),
+        "endpoint": endpoint.http_url,
+        "limit": limit,
+        "questions": {name: len(rows) for name, rows in found["samples"].items()},
+        "models": {"engine": _plain(harness.measures(found))},
+        "changes": {},
+    }
+    file = job.folder / f"{Path(REPORT).stem}-endpoint.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    workspace.write_durably(file, (json.dumps(report, indent=1) + "\n").encode())
+    return TaskReport(report, file)
+
+
+def written(endpoint: Endpoint, tokenizer: Any, asked: harness.Writing, limits: Limits) -> str:
+    """A question that is too long loses its beginning, as in the harness's own models."""
+    most = min(asked.max_tokens or _MAX_TOKENS, limits.max_seq_len // 2)
+    room = min(limits.max_input_len, limits.max_seq_len - most)
+    ids, text = tokenizer.encode(asked.text), asked.text
+    while len(ids) > room:
+        text = tokenizer.decode(ids[len(ids) - room :], skip_special_tokens=True)
+        ids, room = tokenizer.encode(text), room - 1  # the second time a text may take a token more
+    wished: dict[str, Any] = {**asked.sampling, "exclude_input_in_output": True}
+    if asked.sampling:
+        wished["seed"] = 0
+    if asked.until:
+        wished["stop_words"] = list(asked.until)
+    chunks = endpoint.generate(text, max_tokens=most, stream=False, **wished)
+    return "".join(chunk.text for chunk in chunks)
 
 
 def _evaluate(

@@ -136,10 +136,12 @@ def verify_endpoint(job: Job, endpoint: Endpoint, *, text: str, samples: int, to
     data = job.recipe.calibration.data if job.plan.calibrates else None
     rows = held_out_rows(text, quantized.path, samples=samples, tokens=prompt, calibration=data)
     kv = job.plan.kv.name if job.plan.kv.quant_algo and job.plan.backend != "openvino" else None
+    tokenizer = open_tokenizer(quantized.path)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in rows.token_ids.tolist()]
     answers = stage.ask(
         endpoint,
-        rows.token_ids.tolist(),
-        open_tokenizer(quantized.path),
+        [text.strip("\ufffd") for text in texts],  # without half a character
+        tokenizer,
         max_tokens=max(1, tokens // 2 - 2),
         progress=job.progress,
     )

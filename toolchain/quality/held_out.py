@@ -31,9 +31,7 @@ def held_out_rows(
     ``model`` has the tokenizer. ``calibration`` names the text that the model was calibrated on: what it holds too is
     left out here. Raises RecipeError for text that cannot be read or is the calibration's, PlanError for too little.
     """
-    records, content = _records(text)
-    if calibration and (text, calibration) != (BUILTIN, BUILTIN):  # the two that are built in share nothing
-        records = _without(records, calibration, text)
+    records, content = held_out_records(text, calibration)
     source = "the reference of the Python language" if text == BUILTIN else text
     return cut_rows(
         records,
@@ -45,6 +43,17 @@ def held_out_rows(
         source=source,
         too_little=(f"--text {text}", "--samples {}"),
     )
+
+
+def held_out_records(text: str, calibration: str | None) -> tuple[list[Record], str]:
+    """What ``text`` names without what ``calibration`` holds too, and the sha256 of what it was read from.
+
+    Raises RecipeError as ``held_out_rows`` does.
+    """
+    records, content = _records(text)
+    if calibration and (text, calibration) != (BUILTIN, BUILTIN):  # the two that are built in share nothing
+        records = _without(records, calibration, text)
+    return records, content
 
 
 def _records(text: str) -> tuple[list[Record], str]:

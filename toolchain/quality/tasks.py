@@ -1,9 +1,10 @@
-"""Tasks of EleutherAI's lm-evaluation-harness on a checkpoint: all their questions in one pass over its layers.
+"""Tasks of EleutherAI's lm-evaluation-harness, on a checkpoint or on a running engine.
 
-The harness reads the tasks, makes the questions and counts the answers; here a checkpoint tells the log-likelihood of
-each answer, one layer in memory at a time. Tasks that make the model write (``generate_until``) take a running engine
-and are refused. The package ``lm_eval`` is imported here and nowhere else, when it is needed: it is an extra, in an
-environment of its own where it wants another numpy (``make test-lm-eval``).
+The harness reads the tasks, makes the questions and counts the answers. A checkpoint tells the log-likelihood of each
+answer, all in one pass over its layers; tasks that make the model write (``generate_until``) take a running engine,
+which in turn says the probabilities of its own tokens only. What the one cannot is refused. The package ``lm_eval`` is
+imported here and nowhere else, when it is needed: it is an extra, in an environment of its own where it wants another
+numpy (``make test-lm-eval``).
 
 Its API as of lm-eval 0.4.13: https://github.com/EleutherAI/lm-evaluation-harness (2026-11-22).
 """
@@ -11,6 +12,7 @@ Its API as of lm-eval 0.4.13: https://github.com/EleutherAI/lm-evaluation-harnes
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -81,12 +83,44 @@ def scored(
     return found
 
 
-def model(tokenizer: Any, score: Callable[[Sequence[Row]], list[Scored]]) -> Any:
-    """A model as the harness wants it: the engine's own tokenizer, and ``score`` for the rest."""
+@dataclass(frozen=True)
+class Writing:
+    """Text that a task wants to be continued."""
+
+    text: str
+    until: tuple[str, ...]
+    """The answer ends before the first of these."""
+    max_tokens: int | None
+    sampling: Mapping[str, float]
+    """temperature, top_p and top_k; empty: greedily."""
+
+
+def cut(answer: str, until: Sequence[str]) -> str:
+    """What stands before the first of ``until``."""
+    return answer[: min((at for one in until if (at := answer.find(one)) >= 0), default=len(answer))]
+
+
+def _writing(text: str, asked: Mapping[str, Any]) -> Writing:
+    """The keys of ``generation_kwargs`` that the harness documents for every model (docs/task_guide.md)."""
+    until, length = asked.get("until") or (), asked.get("max_gen_toks")
+    several = (until,) if isinstance(until, str) else tuple(until)
+    sampling: dict[str, float] = {}
+    if asked.get("do_sample", True) and asked.get("temperature"):
+        sampling = {"top_p": 1.0} | {name: asked[name] for name in ("temperature", "top_p", "top_k") if asked.get(name)}
+    return Writing(text, several, int(length) if length else None, sampling)
+
+
+def model(
+    tokenizer: Any,
+    score: Callable[[Sequence[Row]], list[Scored]] | None = None,
+    write: Callable[[Sequence[Writing]], list[str]] | None = None,
+) -> Any:
+    """A model as the harness wants it: the engine's own tokenizer, ``score`` for log-likelihoods, ``write`` for texts;
+    tasks for which there is none are a RejectedError."""
     harness()
     base: Any = import_module("lm_eval.api.model").TemplateLM
 
-    class Layers(base):  # type: ignore[misc]
+    class Asked(base):  # type: ignore[misc]
         @property
         def eot_token_id(self) -> int:
             return int(tokenizer.eos_token_id)
@@ -100,19 +134,31 @@ def model(tokenizer: Any, score: Callable[[Sequence[Row]], list[Scored]]) -> Any
             return list(tokenizer.encode(string, add_special_tokens=add_special_tokens is not False))
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], **_more: Any) -> list[Scored]:
-            return score([(question, answer) for _, question, answer in requests])
+            return scores([(question, answer) for _, question, answer in requests])
 
         def loglikelihood_rolling(self, requests: Sequence[Any], **_more: Any) -> list[float]:
             texts = [self.tok_encode(one.args[0], add_special_tokens=False) for one in requests]
-            return [value for value, _ in score([([self.prefix_token_id], text) for text in texts])]
+            return [value for value, _ in scores([([self.prefix_token_id], text) for text in texts])]
 
         def generate_until(self, requests: Sequence[Any], **_more: Any) -> list[str]:
-            raise RejectedError(
-                "this task makes the model write, and a checkpoint only tells how likely a text is",
-                hint="choose tasks that compare answers (output_type: multiple_choice or loglikelihood)",
-            )
+            if write is None:
+                raise RejectedError(
+                    "this task makes the model write, and a checkpoint only tells how likely a text is",
+                    hint="ask the running engine: --endpoint URL; or choose tasks that compare answers (output_type: "
+                    "multiple_choice or loglikelihood)",
+                )
+            asked = [_writing(*one.args) for one in requests]
+            return [cut(answer, one.until) for answer, one in zip(write(asked), asked, strict=True)]
 
-    return Layers()
+    def scores(rows: Sequence[Row]) -> list[Scored]:
+        if score is None:
+            raise RejectedError(
+                "this task compares how likely given answers are, and a server tells that of its own answers only",
+                hint="leave --endpoint out: the checkpoint tells it; or choose tasks with output_type: generate_until",
+            )
+        return score(rows)
+
+    return Asked()
 
 
 def evaluate(tasks: Sequence[str], made: Any, limit: int | None) -> Mapping[str, Any]:

@@ -41,8 +41,11 @@ def decoder_layer(
     config: LlamaConfig,
     tap: Tap,
     change: Change = lambda _name, x: x,
+    start: int = 0,
 ) -> torch.Tensor:
-    """[samples, tokens, hidden] -> the same, after one decoder layer; every sample starts at position 0.
+    """[samples, tokens, hidden] -> the same, after one decoder layer; every sample starts at position ``start``.
+
+    Behind the first position there is one token at a time, and ``change`` gives the keys and values before it too.
 
     ``weights``: by name within the layer (``"mlp.up_proj.weight"``, ``"input_layernorm.weight"``), all in the dtype of
     ``hidden``; those of ``family.layer_tensors``. ``tap`` sees everything before ``change``.
@@ -55,7 +58,7 @@ def decoder_layer(
 
     x = norm(hidden, weights["input_layernorm.weight"], config.rms_norm_eps)
     tap(_QKV, x.flatten(0, 1))
-    attended = _attention(x, linear, config, tap, change)
+    attended = _attention(x, linear, config, tap, change, start)
     tap(_O, attended.flatten(0, 1))
     hidden = hidden + linear(attended, "self_attn.o_proj")
     x = norm(hidden, weights["post_attention_layernorm.weight"], config.rms_norm_eps)
@@ -72,12 +75,13 @@ def _attention(
     config: LlamaConfig,
     tap: Tap,
     change: Change,
+    start: int,
 ) -> torch.Tensor:
     samples, tokens, _ = x.shape
     query, key, value = (
         linear(x, name).view(samples, tokens, -1, config.head_dim).transpose(1, 2) for name in family.ATTENTION_IN
     )
-    cos, sin = rotary(config, tokens, x.dtype, x.device)
+    cos, sin = (table[start:] for table in rotary(config, start + tokens, x.dtype, x.device))
     query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
     tap("k", key)
     tap("v", value)

@@ -87,9 +87,9 @@ def verify(
 
 
 def ask(
-    endpoint: Endpoint, prompts: Sequence[Sequence[int]], tokenizer: Any, *, max_tokens: int, progress: Progress
+    endpoint: Endpoint, prompts: Sequence[str], tokenizer: Any, *, max_tokens: int, progress: Progress
 ) -> list[Answer]:
-    """Each prompt's text to a running server, greedily, one after the other. -> its tokens.
+    """Each prompt to a running server, greedily, one after the other. -> its tokens.
 
     As the server says them, which takes ``return_log_probs``; where it does not know that, from its text.
     """
@@ -98,8 +98,7 @@ def ask(
     found: list[Answer] = []
     log_probs = True
     with progress.task("verify: ask the server", len(prompts), "prompts") as task:
-        for ids in prompts:
-            text = tokenizer.decode(ids, skip_special_tokens=True).strip("\ufffd")  # without half a character
+        for text in prompts:
             sent = tuple(int(one) for one in tokenizer.encode(text))
             try:
                 said, outputs = _answer(endpoint, text, max_tokens, log_probs)
