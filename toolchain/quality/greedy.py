@@ -152,6 +152,7 @@ class _Model:
             weights = open_layer(self.source, number, rounds_inputs=False).weights
             for batch, states in zip(batches, hidden, strict=True):
                 self._layer(number, weights, batch, states)
+            del weights  # before the next layer's are made
         last = torch.cat([states[:, -1] for states in hidden])
         chosen = self._choose(last).split([len(batch.numbers) for batch in batches])
         found = dict[int, int]()
@@ -178,4 +179,5 @@ class _Model:
             largest, place = self._head.logits(hidden, piece).max(1)
             word = torch.where(largest > top, place + start, word)
             top = torch.maximum(top, largest)
+            del piece
         return word

@@ -58,6 +58,10 @@ class Head:
         """float32 [words, hidden] of some words."""
         return self._source.on_host(self._name)[part].to(self._source.device).float()
 
+    def release(self) -> None:
+        """Its pages in memory back to the system."""
+        self._source.release(self._name)
+
     def logits(self, hidden: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] -> float64 [rows, words of the piece] on the host."""
         normed = forward.norm(hidden.to(piece.device), self._norm, self._eps)
@@ -112,7 +116,10 @@ def all_sums(
                 ]
                 _add(sums, logits, rows, targets, start)
             place += len(flat[0])
+        del pieces  # before the next ones are made
         advance(part.stop - part.start)
+    for head in heads:
+        head.release()
     return sums
 
 

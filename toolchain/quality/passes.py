@@ -179,20 +179,26 @@ class Passes:
         """-> the hashes of the hidden states behind it, and what rounding the caches did."""
         hidden: dict[str, str] = {}
         caches: dict[str, Any] = {}
-        ranges = self._sources[True].checkpoint.kv_ranges
-        for quantized, source in self._sources.items():
+        for quantized in self._sources:
             ways = [way for way in self._ways if way.quantized == quantized]
-            if not ways:
-                continue
-            opened = open_layer(source, layer, rounds_inputs=quantized and self._rounds_inputs)
-            for way in ways:
-                scale = self._scales[way.kv][layer] if way.kv else 1.0
-                kernels = Kernels(opened.inputs, way.kv, scale)
-                store = self._stores[way.name]
-                hidden[way.name] = store.write(layer + 1, self._through(way, layer, opened.weights, kernels))
-                if kernels.error and way.kv:
-                    caches[way.kv] = kernels.error.to_json(layer, ranges[layer] if ranges else None)
+            if ways:
+                self._layer_of(quantized, ways, layer, hidden, caches)
         return hidden, caches
+
+    def _layer_of(
+        self, quantized: bool, ways: Sequence[Way], layer: int, hidden: dict[str, str], caches: dict[str, Any]
+    ) -> None:
+        """One checkpoint's layer, whose float32 is gone before the other one's is made."""
+        source = self._sources[quantized]
+        ranges = self._sources[True].checkpoint.kv_ranges
+        opened = open_layer(source, layer, rounds_inputs=quantized and self._rounds_inputs)
+        for way in ways:
+            scale = self._scales[way.kv][layer] if way.kv else 1.0
+            kernels = Kernels(opened.inputs, way.kv, scale)
+            store = self._stores[way.name]
+            hidden[way.name] = store.write(layer + 1, self._through(way, layer, opened.weights, kernels))
+            if kernels.error and way.kv:
+                caches[way.kv] = kernels.error.to_json(layer, ranges[layer] if ranges else None)
 
     def _through(
         self, way: Way, layer: int, weights: Mapping[str, torch.Tensor], kernels: Kernels
