@@ -23,6 +23,8 @@ class SlowServer:
     cut_every: int = 0
     """Every so many requests one ends in the middle."""
     serial: bool = False
+    drafts: tuple[int, int] | None = None
+    """(drafted, accepted) tokens of each of Triton's answers; None: it refuses to tell."""
     port: int = 0
     bodies: list[dict[str, Any]] = field(default_factory=list)
     connections: int = 0
@@ -56,7 +58,9 @@ class Handler(BaseHTTPRequestHandler):
             "/v1/models": {"data": [{"id": "slow"}]},
             "/version": {"version": "1.2.3"},
             "/v2": {"name": "triton", "version": "9"},
-            "/v2/models/slow": {"inputs": [{"name": "text_input"}, {"name": "min_tokens"}]},
+            "/v2/models/slow": {
+                "inputs": [{"name": name} for name in ("text_input", "min_tokens", "return_perf_metrics")]
+            },
         }
         self._whole(200 if self.path in pages else 404, pages.get(self.path, {}))
 
@@ -81,6 +85,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.state.fail_every and number % self.state.fail_every == 0:
             self._whole(503, {"error": {"message": "too many"}})
             return
+        if body.get("return_perf_metrics") and self.state.drafts is None:
+            self._whole(400, {"error": "this engine does not return performance metrics"})
+            return
         time.sleep(self.state.first_s)
         words = [f"w{index} " for index in range(body["max_tokens"])]
         if self.path == "/predict":
@@ -93,7 +100,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         for index, word in enumerate(words[: len(words) // 2] if cut else words):
             time.sleep(self.state.next_s if index else 0)
-            self._event(json.dumps(self._piece(word)))
+            self._event(json.dumps(self._piece(word, body)))
         if cut:
             self.close_connection = True
             return
@@ -102,9 +109,11 @@ class Handler(BaseHTTPRequestHandler):
             self._event("[DONE]")
         self.wfile.write(b"0\r\n\r\n")
 
-    def _piece(self, word: str) -> dict[str, Any]:
+    def _piece(self, word: str, body: dict[str, Any]) -> dict[str, Any]:
         if self.path.startswith("/v2"):
-            return {"text_output": word}
+            drafted, accepted = self.state.drafts or (0, 0)
+            told = {"total_draft_tokens": drafted, "total_accepted_draft_tokens": accepted}
+            return {"text_output": word, **(told if body.get("return_perf_metrics") else {})}
         return {"choices": [{"delta": {"content": word}} if "chat" in self.path else {"text": word}]}
 
     def _event(self, data: str) -> None:

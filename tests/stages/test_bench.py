@@ -19,6 +19,7 @@ from toolchain.engine import Engine
 from toolchain.errors import EndpointError, RejectedError
 from toolchain.family import read_config
 from toolchain.measuring.report import Report, read
+from toolchain.measuring.tables import tables
 from toolchain.pipeline.predicting import prediction_of
 from toolchain.planning.plan import make_plan
 from toolchain.progress import Silent
@@ -55,6 +56,23 @@ def test_each_length_and_load_is_a_run_and_warm_up_is_not_in_it(folder: Path) ->
     prompts = [body["prompt"] for body in server.bodies]
     assert len(set(prompts)) == len(prompts)  # a cache of prompts must not help any run
     assert report.services[0].server == {"version": "1.2.3"}
+
+
+@pytest.mark.parametrize("drafts", [None, (0, 0), (6, 3)])
+def test_drafts_are_told_of_an_engine_that_drafts_and_no_other_is_asked_for_them(
+    folder: Path, drafts: tuple[int, int] | None
+) -> None:
+    with slow_server(drafts=drafts) as server:
+        asked = Asked(loads=(ONE,), lengths=(64,), output_tokens=4, requests=3, warmup=1)
+        door = Door("triton-http", server.url, "slow")
+        report = bench([door], asked, Tokens.load(folder), Provenance("slow"), Silent())
+    (run,) = report.runs
+    told = drafts == (6, 3)
+    assert [one.drafts for one in run.requests] == [drafts if told else None] * 3
+    assert run.summary()["draft_acceptance"] == (0.5 if told else None)
+    assert [bool(body.get("return_perf_metrics")) for body in server.bodies] == [True, *[told] * 4]
+    columns, rows = tables([report])[0].columns, tables([report])[0].table_rows
+    assert ("drafts accepted" in columns, rows[0][-1] == "50%") == (told, told)
 
 
 def test_the_same_measurement_twice_has_the_same_conditions(folder: Path) -> None:

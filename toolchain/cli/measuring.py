@@ -246,7 +246,9 @@ def _cells(found: dict[str, float] | None) -> list[str]:
 
 def _rates(found: dict[str, Any]) -> str:
     failed = f", {found['failed']} FAILED" if found["failed"] else ""
-    return f"{found['tokens_per_s']:.1f} tokens/s, {found['requests_per_s']:.2f} requests/s{failed}"
+    kept = found["draft_acceptance"]
+    drafts = "" if kept is None else f", {kept:.0%} of drafted tokens accepted"
+    return f"{found['tokens_per_s']:.1f} tokens/s, {found['requests_per_s']:.2f} requests/s{drafts}{failed}"
 
 
 for _more in (reporting.schema, reporting.compare, reporting.report):

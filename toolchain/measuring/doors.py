@@ -11,14 +11,17 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from toolchain.errors import EndpointError, RejectedError
+from toolchain.errors import EndpointError, RejectedError, ScalellmError
 
 KINDS = ("triton-grpc", "triton-http", "openai-chat", "openai-completions", "predict")
 CONNECT_S = 5.0
+_PROBE_TOKENS = 8
+DRAFTED, ACCEPTED = "total_draft_tokens", "total_accepted_draft_tokens"
+"""Outputs of ``return_perf_metrics`` in TensorRT-LLM's model repository (tensorrt_llm_bls/config.pbtxt, 1.2, 2026)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,8 @@ class Piece:
     """How many the server says that it has generated so far."""
     whole: bool = False
     """The complete answer in one piece: it was not streamed."""
+    drafts: tuple[int, int] | None = None
+    """(drafted, accepted) tokens so far, where the server says it."""
 
 
 class Session(Protocol):
@@ -56,6 +61,8 @@ class Door:
     key: str = field(default="", repr=False)
     timeout_s: float = 600.0
     """Without a byte from the server."""
+    drafts: bool = False
+    """Ask how many tokens were drafted and accepted; only of Triton."""
 
     def open(self) -> Session:
         """EndpointError when nobody is there."""
@@ -86,6 +93,25 @@ class Door:
         return {name: str(found[name]) for name in ("name", "version") if name in found}
 
 
+def counting_drafts(door: Door) -> Door:
+    """The door, asking for drafts where the engine behind it drafts: other engines refuse to tell, or say none.
+
+    It takes one short request. What else is wrong with the server, the next request says.
+    """
+    if door.kind not in ("triton-grpc", "triton-http"):
+        return door
+    asking = replace(door, drafts=True)
+    with suppress(ScalellmError):
+        session = asking.open()
+        try:
+            pieces = list(session.ask("one two three, one two three, one two", _PROBE_TOKENS, lambda: None))
+        finally:
+            session.close()
+        if any(piece.drafts and piece.drafts[0] for piece in pieces):
+            return asking
+    return door
+
+
 def first_model(url: str, key: str = "") -> str:
     """The first model that an OpenAI server lists. EndpointError when it lists none."""
     base = url.rstrip("/").removesuffix("/v1")
@@ -98,6 +124,8 @@ def triton_inputs(door: Door, known: set[str], prompt: str, max_tokens: int) -> 
     """The tensors of ``tensorrt_llm_bls`` and the ensemble, as far as the model has them."""
     inputs: dict[str, Any] = {"text_input": prompt, "max_tokens": max_tokens, "stream": True}
     wished: dict[str, Any] = {"return_num_output_tokens": True, "exclude_input_in_output": True}
+    if door.drafts:
+        wished["return_perf_metrics"] = True
     if door.ignore_eos:
         if "min_tokens" not in known:
             raise RejectedError(f"the model {door.model} has no input min_tokens", hint="leave --ignore-eos out")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from toolchain.errors import EndpointError, RejectedError, ScalellmError
-from toolchain.measuring.doors import CONNECT_S, Door, Piece, short, triton_inputs
+from toolchain.measuring.doors import ACCEPTED, CONNECT_S, DRAFTED, Door, Piece, short, triton_inputs
 
 CHANNEL = [
     ("grpc.max_send_message_length", -1),
@@ -58,7 +58,8 @@ class GrpcSession:
             text = result.as_numpy("text_output")
             tokens = result.as_numpy("num_output_tokens")
             said = text.ravel()[0].decode(errors="replace") if text is not None and text.size else ""
-            yield Piece(said, at_s, int(tokens.ravel()[0]) if tokens is not None and tokens.size else None)
+            count = int(tokens.ravel()[0]) if tokens is not None and tokens.size else None
+            yield Piece(said, at_s, count, drafts=_drafts(result) if self.door.drafts else None)
 
     def _connect(self) -> None:
         if self._client is not None:
@@ -81,6 +82,14 @@ class GrpcSession:
             client, self._client = self._client, None
             client.stop_stream(cancel_requests=True)
             client.close()
+
+
+def _drafts(result: Any) -> tuple[int, int] | None:
+    found = [result.as_numpy(name) for name in (DRAFTED, ACCEPTED)]
+    if any(one is None or not one.size for one in found):
+        return None
+    drafted, accepted = (int(one.ravel()[0]) for one in found)
+    return drafted, accepted
 
 
 def _tensor(name: str, value: Any, batched: bool) -> Any:

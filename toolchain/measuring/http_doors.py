@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from toolchain.errors import EndpointError, RejectedError, ScalellmError
-from toolchain.measuring.doors import CONNECT_S, Door, Piece, Session, page, short, triton_inputs
+from toolchain.measuring.doors import ACCEPTED, CONNECT_S, DRAFTED, Door, Piece, Session, page, short, triton_inputs
 
 
 def http_session(door: Door) -> Session:
@@ -99,9 +99,13 @@ class _Http:
             if "error" in event:
                 raise _refusal(200, data)
             text, tokens = self.text_of(event)
-            yield Piece(text, at_s, tokens)
+            yield Piece(text, at_s, tokens, drafts=self.drafts_of(event))
         if self.must_say_done() and not ended:
             raise EndpointError("the stream ended without [DONE]")
+
+    def drafts_of(self, event: Mapping[str, Any]) -> tuple[int, int] | None:
+        """(drafted, accepted) tokens so far."""
+        return None
 
     def must_say_done(self) -> bool:
         return False
@@ -123,6 +127,10 @@ class _TritonHttp(_Http):
         text = event.get("text_output", "")
         tokens = event.get("num_output_tokens")
         return (text[0] if isinstance(text, list) else text), int(tokens) if isinstance(tokens, int) else None
+
+    def drafts_of(self, event: Mapping[str, Any]) -> tuple[int, int] | None:
+        drafted, accepted = event.get(DRAFTED), event.get(ACCEPTED)
+        return (drafted, accepted) if isinstance(drafted, int) and isinstance(accepted, int) else None
 
 
 class _OpenAI(_Http):

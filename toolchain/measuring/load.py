@@ -54,6 +54,8 @@ class Raw:
     text: str
     server_tokens: int | None
     error: str | None
+    drafts: tuple[int, int] | None = None
+    """(drafted, accepted) tokens, where the server says it."""
 
 
 def poisson_times(rate_per_s: float, count: int, seed: int) -> list[float]:
@@ -109,6 +111,7 @@ class _Sessions:
     def ask(self, service: int, number: int, prompt: Prompt, scheduled: float) -> Raw:
         """Waits for the scheduled time, asks, and tells everything; raises nothing of ours."""
         arrivals, pieces, tokens, error, session = list[float](), list[str](), None, None, None
+        drafts = None
         sent = scheduled
 
         def mark() -> None:
@@ -124,6 +127,7 @@ class _Sessions:
                 session = self._door.open()
             for piece in session.ask(prompt.text, prompt.max_tokens, mark):
                 tokens = piece.tokens if piece.tokens is not None else tokens
+                drafts = piece.drafts or drafts
                 if piece.text:
                     pieces.append(piece.text)
                     arrivals += [] if piece.whole else [piece.at_s]
@@ -136,7 +140,8 @@ class _Sessions:
             error = "EmptyAnswer: no text came"
         if session is not None:
             self._idle.put(session)
-        return Raw(service, number, scheduled, sent, tuple(arrivals), ended, "".join(pieces), tokens, error)
+        said = "".join(pieces)
+        return Raw(service, number, scheduled, sent, tuple(arrivals), ended, said, tokens, error, drafts)
 
     def close(self) -> None:
         with suppress(queue.Empty):
@@ -238,6 +243,7 @@ def requests_of(raw: Sequence[Raw], prompts: Sequence[Prompt], count: Callable[[
             input_tokens=prompts[one.prompt].input_tokens,
             output_tokens=count(one),
             server_output_tokens=one.server_tokens,
+            drafts=one.drafts,
             error=one.error,
         )
         for one in raw

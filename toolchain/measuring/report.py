@@ -45,6 +45,9 @@ class Request(_Model):
     input_tokens: int = Field(description="Of the prompt, as the server sees it.")
     output_tokens: int = Field(description="Of the answer.")
     server_output_tokens: int | None = Field(default=None, description="What the server says that it generated.")
+    drafts: tuple[int, int] | None = Field(
+        default=None, description="Tokens that were drafted for it and accepted, where the server says it."
+    )
     error: str | None = Field(default=None, description="Why it failed.")
 
     @property
@@ -138,10 +141,17 @@ class Run(_Model):
             **{name: asdict(value) if value else None for name, value in found.items()},
             "tokens_per_s": sum(one.output_tokens for one in good) / self.wall_s,
             "requests_per_s": len(good) / self.wall_s,
+            "draft_acceptance": self.acceptance(service),
             "succeeded": len(good),
             "failed": len(self.of(service)) - len(good),
             "errors": self.errors(service),
         }
+
+    def acceptance(self, service: int | None = None) -> float | None:
+        """Accepted over drafted tokens of the requests for which the server says both; None where there are none."""
+        told = [one.drafts for one in self.of(service) if one.drafts and not one.error]
+        drafted = sum(one for one, _ in told)
+        return sum(accepted for _, accepted in told) / drafted if drafted else None
 
     def flags(self) -> list[str]:
         """What a reader must know before believing the numbers."""

@@ -40,17 +40,22 @@ def _of(report: Report) -> str:
 
 def _results(every: Sequence[Named]) -> Table:
     whose = ("report",) if len(every) > 1 else ()
-    rows = tuple(((one.name,) if whose else ()) + _result(run) for one in every for run in one.report.runs)
-    return Table("Results", (*whose, *_COLUMNS), rows, left=frozenset({0, 3} if whose else {2}))
+    drafts = any(run.acceptance() is not None for one in every for run in one.report.runs)
+    rows = tuple(((one.name,) if whose else ()) + _result(run, drafts) for one in every for run in one.report.runs)
+    columns = (*whose, *_COLUMNS, *(["drafts accepted"] if drafts else []))
+    return Table("Results", columns, rows, left=frozenset({0, 3} if whose else {2}))
 
 
-def _result(run: Run) -> tuple[str, ...]:
+def _result(run: Run, drafts: bool) -> tuple[str, ...]:
     asked, found = run.conditions, run.summary()
     cells = [str(asked.input_tokens or "many"), str(asked.output_tokens or "many"), str(asked.load)]
     for name, percents in (("ttft_s", ("p50", "p90", "p99")), ("itl_s", ("p50", "p99"))):
         of = found[name]
         cells += [milliseconds(of[percent]) if of else "-" for percent in percents]
-    return (*cells, f"{found['tokens_per_s']:.1f}")
+    cells.append(f"{found['tokens_per_s']:.1f}")
+    if drafts:
+        cells.append("-" if found["draft_acceptance"] is None else f"{found['draft_acceptance']:.0%}")
+    return tuple(cells)
 
 
 def _beside_the_plan(every: Sequence[Named]) -> Iterator[Table]:

@@ -20,7 +20,7 @@ from typing import Any
 from toolchain import __version__
 from toolchain.errors import EndpointError, RejectedError
 from toolchain.measuring import load, prompts, report
-from toolchain.measuring.doors import Door
+from toolchain.measuring.doors import Door, counting_drafts
 from toolchain.measuring.load import Raw, Task
 from toolchain.measuring.memory import Watch
 from toolchain.measuring.prompts import Prompt, Tokens
@@ -71,6 +71,7 @@ def bench(doors: Sequence[Door], asked: Asked, tokens: Tokens, known: Provenance
         load.check(Task((), one, asked.pattern, asked.requests))
     lengths = asked.lengths if asked.file is None else (0,)
     sets = [(one, _prompts(asked, tokens, length, at)) for length in lengths for at, one in enumerate(asked.loads)]
+    doors = [counting_drafts(door) for door in doors]
     services = tuple(Service(door=door.kind, url=door.url, model=door.model, server=door.about()) for door in doors)
     runs = [_run(doors, asked, one, made, tokens, progress) for one, made in sets]
     return Report(
