@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from tests.conftest import ROOT, unused_ports
+from tests.e2e.served import Served
 from tests.gateway.behind_gateway import Gateway, settings_for
 from toolchain import runner
 from toolchain.fleet.front import engines
@@ -101,8 +102,23 @@ class Endpoint:
         return len([one for one in self.replicas if one.state == "ready"])
 
 
+def as_served(running: Endpoint) -> Served:
+    """The endpoint, asked as one Triton."""
+    listen = running.gateway.listen
+    assert listen.grpc_port is not None
+    return Served(listen.port, listen.grpc_port, Path())
+
+
+def one_triton(running: Endpoint) -> Served:
+    """The Triton of its first replica."""
+    ports = running.replicas[0].ports
+    return Served(ports.http, ports.grpc, Path())
+
+
 @contextmanager
-def endpoint(repository: Path, tokenizer: Path, work: Path, count: int = 2) -> Iterator[Endpoint]:
+def endpoint(
+    repository: Path, tokenizer: Path, work: Path, count: int = 2, adapters: tuple[str, ...] = ()
+) -> Iterator[Endpoint]:
     plane = Plane(work / "discovery", ENDPOINT)
     plane.folder.mkdir()
     write_card(repository, checked_passport(repository, ""), work / "card")
@@ -114,7 +130,8 @@ def endpoint(repository: Path, tokenizer: Path, work: Path, count: int = 2) -> I
         texts = Texts(repository / TOKENIZER, Parameters.of(Repository.open(repository).parameters))
         port, predict_port, grpc_port = unused_ports(3)
         settings = settings_for(tokenizer, kserve=repository / "tensorrt_llm_bls" / "config.pbtxt")
-        settings = replace(settings, timeouts=replace(settings.timeouts, patience_s=30))
+        model = replace(settings.model, adapters=adapters)
+        settings = replace(settings, model=model, timeouts=replace(settings.timeouts, patience_s=30))
         stream = io.StringIO()
         listen = Listen(port=port, predict_port=predict_port, grpc_port=grpc_port)
         bound = stack.enter_context(background(settings, listen, log=Log(stream), engines=engines(plane, texts, 200)))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.e2e.served import Served, ServerError, inputs, until_final
-from tests.fleet.endpoint import Endpoint
+from tests.fleet.endpoint import Endpoint, as_served, one_triton
 from tests.fleet.test_failover import heal, kill_worker
 from tests.gateway.test_doors import COUNT
 from tests.gateway.test_kserve import ALIKE, BLS, over_grpc, plain, streamed, whole
@@ -27,15 +26,12 @@ NOT_HERE = [
 
 @pytest.fixture(scope="module")
 def fleet(running: Endpoint) -> Served:
-    listen = running.gateway.listen
-    assert listen.grpc_port is not None
-    return Served(listen.port, listen.grpc_port, Path())
+    return as_served(running)
 
 
 @pytest.fixture(scope="module")
 def triton(running: Endpoint) -> Served:
-    ports = running.replicas[0].ports
-    return Served(ports.http, ports.grpc, Path())
+    return one_triton(running)
 
 
 @pytest.mark.parametrize("request_", ALIKE)

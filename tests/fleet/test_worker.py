@@ -24,6 +24,8 @@ class Client:
     """What Dynamo tells a worker of its client."""
 
     gone = False
+    goes = False
+    """Whether it goes after its first tokens."""
 
     def is_stopped(self) -> bool:
         return self.gone

@@ -17,6 +17,7 @@ from toolchain.engine import Passport
 from toolchain.errors import ArtifactError, EndpointError
 from toolchain.fleet.bulletin import Bulletin
 from toolchain.fleet.dialect import dialect
+from toolchain.fleet.drafted import Drafted
 from toolchain.fleet.plane import Plane
 from toolchain.fleet.worker import Adapter, LostError, Spec, make_triton
 from toolchain.gateway.settings import Timeouts
@@ -69,8 +70,10 @@ async def serve(spec: Spec) -> None:
         )
         await _first_token(triton, asked)
         if not asked.is_set():
-            spoken = dialect(Repository.open(repository).parameters)
-            adapter = Adapter(triton, frozenset(passport.eos_token_ids), spoken, replica=spec.replica)
+            parameters = Repository.open(repository).parameters
+            drafted = Drafted(triton, parameters) if parameters.get("tensorrt_llm_draft_model_name") else None
+            ends, spoken = frozenset(passport.eos_token_ids), dialect(parameters)
+            adapter = Adapter(triton, ends, spoken=spoken, drafted=drafted, replica=spec.replica)
             await _offer(spec, adapter, Bulletin(spec.state, adapter), passport, asked)
     Bulletin(spec.state).tell("ended")
 

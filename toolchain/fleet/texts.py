@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from toolchain.fleet.dialect import SHARED
 from toolchain.fleet.wire import Ask, listed
 from toolchain.gateway.failures import refused
 from toolchain.gateway.shared import load_together
 
-_FOLDERS = ("common/shared", "common/tensorrt_llm_bls/1")
 _MODULES = ("tensors", "tokenizer", "prompts", "wiring", "answers", "detokenizer", "speculation")
 _APART = ("input_ids", "input_lengths", "request_output_len", "streaming", "num_return_sequences")
 """Tensors that the worker makes itself, or that are sent as several requests."""
@@ -54,6 +54,8 @@ class Parameters:
     exclude_input: bool = True
     max_answers: int = 64
     """Of one prompt: as many as an engine has places."""
+    draft_tokens: int = 0
+    """That a draft engine beside the engine writes for one step; 0 without one."""
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> Parameters:
@@ -61,7 +63,9 @@ class Parameters:
         names = ("add_special_tokens", "skip_special_tokens", "exclude_input_in_output")
         flags = (str(found.get(name, "true")).lower() in TRUE for name in names)
         most = int(found.get("triton_max_batch_size", cls.max_answers))
-        return cls(int(found["max_input_len"]), int(found["vocab_size"]), *flags, max_answers=most)
+        drafts = int(found.get("num_draft_tokens", 0)) if found.get("tensorrt_llm_draft_model_name") else 0
+        limits = int(found["max_input_len"]), int(found["vocab_size"])
+        return cls(*limits, *flags, max_answers=most, draft_tokens=drafts)
 
 
 class Texts:
@@ -69,7 +73,7 @@ class Texts:
 
     def __init__(self, tokenizer: Path, parameters: Parameters) -> None:
         """Raises FileNotFoundError when the folder holds no tokenizer."""
-        self._shared = load_together(_FOLDERS, _MODULES)
+        self._shared = load_together(SHARED, _MODULES)
         self._tokenizer = self._shared["tokenizer"].Tokenizer(tokenizer)
         self._anchor = self._shared["detokenizer"].Anchor(self._tokenizer)
         self._parameters = parameters
@@ -86,25 +90,27 @@ class Texts:
         """
         arrays = {name: _array(value) for name, value in inputs.items()}
         try:
-            tensors, count = self._tensors(arrays), self._count(inputs)
+            (tensors, drafts), count = self._tensors(arrays), self._count(inputs)
         except self._shared["tensors"].RefusedError as error:
             raise refused(str(error)) from None
         ids = tuple(int(one) for one in tensors["input_ids"].reshape(-1))
         plain = {name: _plain(array) for name, array in tensors.items() if name not in _APART}
         seed = int(_one(inputs, "seed", 0))
         seeds = [{"seed": [seed + index]} if "seed" in plain else {} for index in range(count)]
-        return [Ask(ids, int(_one(inputs, "max_tokens", 0)), {**plain, **one}, len(ids)) for one in seeds]
+        tokens = int(_one(inputs, "max_tokens", 0))
+        return [Ask(ids, tokens, {**plain, **one}, len(ids), drafts) for one in seeds]
 
-    def _tensors(self, arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-        """The inputs of ``tensorrt_llm``. Raises RefusedError."""
+    def _tensors(self, arrays: dict[str, np.ndarray[Any, Any]]) -> tuple[dict[str, np.ndarray[Any, Any]], int]:
+        """The inputs of ``tensorrt_llm``, and how many tokens a step may draft. Raises RefusedError."""
         wiring, tensors = self._shared["wiring"], self._shared["tensors"]
         tensors.refuse(arrays, NOT_HERE, _NEUTRAL)
         if (prompts := arrays["text_input"].size) != 1:
             raise tensors.RefusedError(f"text_input: a batch of {prompts} prompts; send one request for each prompt")
         prepared = self._prompts.prepare(wiring.to_preprocessing(arrays))
         found: dict[str, np.ndarray[Any, Any]] = wiring.to_engine(arrays, prepared, streaming=True)
-        self._shared["speculation"].tokens_to_draft(arrays, found, None)
-        return found
+        speculation, most = self._shared["speculation"], self._parameters.draft_tokens
+        drafts = speculation.Drafts(None, most, 0) if most else None
+        return found, speculation.tokens_to_draft(arrays, found, drafts)
 
     def _count(self, inputs: Mapping[str, Any]) -> int:
         """How many answers are wanted. Raises RefusedError."""

@@ -34,6 +34,8 @@ class Ask:
     """The other inputs of ``tensorrt_llm`` by its newest names; plain values, flat lists."""
     prompt_tokens: int = 0
     """How many of the ids the client sent."""
+    draft_tokens: int = 0
+    """How many a draft engine may write for one step, where the replica has one beside its engine."""
 
     @property
     def so_far(self) -> int:
@@ -61,7 +63,11 @@ def request(ask: Ask, model: str) -> dict[str, Any]:
         "output_options": {},
         "eos_token_ids": [],
         "annotations": [],
-        "extra_args": {"tensors": dict(ask.tensors), "prompt_tokens": ask.prompt_tokens},
+        "extra_args": {
+            "tensors": dict(ask.tensors),
+            "prompt_tokens": ask.prompt_tokens,
+            "draft_tokens": ask.draft_tokens,
+        },
     }
 
 
@@ -74,6 +80,7 @@ def ask_of(found: Mapping[str, Any]) -> Ask:
             max_tokens=int(found["stop_conditions"]["max_tokens"]),
             tensors=dict(extra["tensors"]),
             prompt_tokens=int(extra["prompt_tokens"]),
+            draft_tokens=int(extra["draft_tokens"]),
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"this request is not of this scalellm's gateway: {error!r}") from error
@@ -104,8 +111,10 @@ def tokens(event: Mapping[str, Any]) -> tuple[list[int], list[float] | None]:
 
 
 def metrics(ask: Ask, event: Mapping[str, Any]) -> dict[str, Any]:
-    """What one event tells besides, where the client asked for it: drafts, blocks of the cache, times."""
-    if not ask.tensors.get(_METRICS):
+    """What one event tells besides, where the client asked for it or it was drafted: drafts, blocks of the cache,
+    times.
+    """
+    if not (ask.tensors.get(_METRICS) or ask.draft_tokens):
         return {}
     return {name: value for name, value in event.items() if name not in _TOLD}
 

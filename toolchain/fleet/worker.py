@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from toolchain.errors import ScalellmError
 from toolchain.fleet import wire
 from toolchain.fleet.dialect import Spoken
+from toolchain.fleet.drafted import Drafted, DraftedFlow
 from toolchain.fleet.plane import HEARTBEAT_S
 from toolchain.gateway.failures import ApiError, BusyError, UpstreamError
 from toolchain.gateway.settings import Timeouts, Upstream
@@ -88,9 +89,15 @@ class Adapter:
     """Requests of Dynamo -> requests of one Triton."""
 
     def __init__(
-        self, triton: Triton, eos_ids: frozenset[int] = frozenset(), spoken: Spoken = dict, replica: str = ""
+        self,
+        triton: Triton,
+        eos_ids: frozenset[int] = frozenset(),
+        *,
+        spoken: Spoken = dict,
+        drafted: Drafted | None = None,
+        replica: str = "",
     ) -> None:
-        """``spoken``: the newest names of inputs -> those of this Triton's engine."""
+        """``spoken``: newest names of inputs -> this engine's; ``drafted``: where there is a draft engine beside it."""
         self.triton, self.replica = triton, replica
         self.running = self.requests = self.tokens = 0
         """At work just now; taken, and generated, since its start."""
@@ -100,7 +107,7 @@ class Adapter:
         """Set when a look at the Triton is due."""
         self.withdrawn = asyncio.Event()
         """Set while no new requests come here, because the Triton is down."""
-        self._eos_ids, self._spoken = eos_ids, spoken
+        self._eos_ids, self._spoken, self._drafted = eos_ids, spoken, drafted
 
     async def generate(self, found: Mapping[str, Any], context: Context) -> AsyncIterator[wire.Item]:
         """The items of one answer; the last one has a finish reason. Raises LostError."""
@@ -175,7 +182,7 @@ class Adapter:
 
     async def _pump(self, ask: wire.Ask, events: asyncio.Queue[Any]) -> None:
         """The Triton's events into the queue; then None, or what went wrong. Cancelled, it cancels in the Triton."""
-        flow: Flow | None = None
+        flow: Flow | DraftedFlow | None = None
         try:
             flow = await self._open(ask)
             async for event in flow:
@@ -190,11 +197,13 @@ class Adapter:
             if flow is not None:
                 flow.close()
 
-    async def _open(self, ask: wire.Ask) -> Flow:
+    async def _open(self, ask: wire.Ask) -> Flow | DraftedFlow:
         until = time.monotonic() + (_SILENCE_S if ask.so_far else _BUSY_S)
         inputs = self._spoken(wire.inputs(ask))
         while True:
             try:
+                if self._drafted is not None and ask.draft_tokens:
+                    return await self._drafted.open(ask)
                 return await self.triton.open(inputs)
             except BusyError:
                 if time.monotonic() > until:

@@ -16,18 +16,11 @@ from typing import Any, Protocol
 import channel
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from failed import FailedError
 from prompts import Prompts
 from wiring import PREPROCESSED, stop_request
 
 _GONE = "the model tensorrt_llm is not there; the server must be restarted"
-
-
-class FailedError(Exception):
-    """A model behind this one answered with an error; ``code`` is the name of a Triton error code, or its number."""
-
-    def __init__(self, message: str, code: str | int) -> None:
-        super().__init__(message)
-        self.message, self.code = message, code
 
 
 class Door(Protocol):

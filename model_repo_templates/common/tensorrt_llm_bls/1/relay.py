@@ -11,7 +11,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from answers import Answers
 from detokenizer import Anchor
-from doors import Door, FailedError, as_tensors
+from doors import Door, as_tensors
+from failed import FailedError
 from speculation import Drafts, Speculation, tokens_to_draft
 from tensors import RefusedError, read, scalar, strings
 from tokenizer import Tokenizer
