@@ -74,9 +74,7 @@ class Service:
         return Pool(tritons, settings.timeouts, session, queue_s=settings.limits.queue_s, on_retry=on_retry)
 
     async def visit(self, http: HttpRequest, route: str, work: Work, refuse: Refuse | None = None) -> Response:
-        """A request with a body -> its answer. Every failure becomes one of OpenAI's error objects, or what ``refuse``
-        makes of it.
-        """
+        """A request with a body -> its answer; a failure -> OpenAI's error object, or what ``refuse`` makes of it."""
         visit = Visit(self, http, route)
         failure: ApiError | None = None
         try:

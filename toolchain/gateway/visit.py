@@ -54,17 +54,19 @@ class Visit:
         await self.service.admission.enter()
         self._entered = True
 
-    def see(self, piece: Piece) -> None:
-        """A piece of an answer has come from the engine."""
+    def see(self, piece: Piece, *, whole: bool = False) -> None:
+        """A piece of an answer has come from the engine. ``whole``: all of it, so that it says nothing of when its
+        tokens came.
+        """
         answer, metrics = self.answers.setdefault(piece.index, Answer()), self.service.metrics
         new = max(0, piece.answer_tokens - answer.answer_tokens)
         answer.add(piece)
         now, apart_s = time.perf_counter(), None
-        if self._first_s is None:
+        if self._first_s is None and not whole:
             self._first_s = now - self.begun_s
             metrics.ttft.observe(self._first_s)
             self.service.recent.first_token(self._first_s)
-        elif new:
+        elif new and not whole:
             apart_s = (now - self._last_s) / new
             metrics.itl.observe(apart_s)
         self.service.recent.tokens(new, apart_s)
