@@ -19,6 +19,8 @@ PORT, PREDICT_PORT = 8080, 2345
 """Inside a machine; what clients see is the deployment's."""
 TRITON_PORTS = {"--http-port": 18000, "--grpc-port": 18001, "--metrics-port": 18002}
 """On loopback; each next service has them 10 higher."""
+NO_GPU = {"NVIDIA_VISIBLE_DEVICES": "void"}
+"""For what needs none, since NVIDIA's images ask for all: container-toolkit/docker-specialized of docs.nvidia.com."""
 CREDENTIALS = {
     "s3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
     "s3a": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),

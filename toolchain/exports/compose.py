@@ -89,6 +89,7 @@ def _ours(kind: Kind, command: tuple[str, ...], **more: Any) -> dict[str, Any]:
         "environment": {"HOME": "/tmp"},
         "volumes": [{"type": "bind", "source": "./models", "target": ROOT}],
         "tmpfs": ["/tmp:exec"],
+        "init": True,
         **_HARDENED,
         **more,
     }
@@ -99,7 +100,7 @@ def _puller(wanted: Wanted, kind: Kind) -> dict[str, Any]:
     registry = REGISTRY if wanted.is_folder else wanted.registry
     lines = [*commands.install(wanted, ROOT), commands.pull(wanted, ROOT, kind.package, registry)]
     found = _ours(kind, ("sh", "-c", commands.script(lines)), networks=["doors"], restart="no")
-    found["environment"] |= dict.fromkeys(commands.credentials(wanted))
+    found["environment"] |= {**commands.NO_GPU, **dict.fromkeys(commands.credentials(wanted))}
     if wanted.is_folder:
         found["volumes"].append({"type": "bind", "source": wanted.registry, "target": REGISTRY, "read_only": True})
     return found
@@ -109,7 +110,7 @@ def _triton(wanted: Wanted, kind: Kind, number: int) -> dict[str, Any]:
     """The ``number``-th replica, on the GPUs that follow those of the one before."""
     serve = (commands.program(wanted, ROOT), "serve", "--repository", commands.repository(ROOT, kind.name))
     flags = ("--server", commands.server_of(kind), "--host", "0.0.0.0", "--start-timeout", f"{START_S:g}")
-    drain = ("--drain", f"{commands.drain_s(wanted):g}", "--log", f"{ROOT}/triton-{number + 1}.log")
+    drain = ("--drain", f"{commands.drain_s(wanted):g}", "--log", f"{ROOT}/triton-{number + 1}/triton.log")
     ready = f"http://127.0.0.1:{TritonPorts().http}/v2/health/ready"
     found = _ours(
         kind,
@@ -146,7 +147,7 @@ def _gateway(wanted: Wanted, kind: Kind, tritons: list[str]) -> dict[str, Any]:
         *("--host", "0.0.0.0", "--port", str(PORT), *commands.predict_door(wanted), "--model-name", wanted.name),
         *("--keys", f"{SECRETS}/{KEYS_FILE.partition('.')[0]}", "--max-queue", str(deployment.max_queue)),
     )
-    return _ours(
+    found = _ours(
         kind,
         command,
         networks=["engines", "doors"],
@@ -159,6 +160,8 @@ def _gateway(wanted: Wanted, kind: Kind, tritons: list[str]) -> dict[str, Any]:
         healthcheck=_healthy(wanted, f"http://127.0.0.1:{PORT}/ready"),
         **_lasting(wanted),
     )
+    found["environment"] |= commands.NO_GPU
+    return found
 
 
 def _lasting(wanted: Wanted) -> dict[str, Any]:

@@ -43,6 +43,7 @@ def kubernetes(wanted: Wanted, notes: Sequence[str]) -> str:
         notes,
         f"""
     scalellm gateway keys add me --keys {KEYS_FILE}     # prints the key once; the file has its hash
+    kubectl create namespace {shlex.quote(wanted.namespace)}     # where there is none yet
     {secret} {wanted.name}-keys {space} --from-file={KEYS_FILE}
 {registry}    kubectl apply -k .
     kubectl port-forward {space} service/{wanted.name} {wanted.deployment.ports.openai}

@@ -40,6 +40,7 @@ def pod(wanted: Wanted, kind: Kind) -> dict[str, Any]:
     return {
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
+        "shareProcessNamespace": True,  # so that dead processes of Triton are reaped by the pod's first one
         "terminationGracePeriodSeconds": PAUSE_S + round(commands.drain_s(wanted)) + _MARGIN_S,
         "securityContext": {
             "runAsNonRoot": True,
@@ -76,12 +77,12 @@ def _where(kind: Kind) -> dict[str, Any]:
     }
 
 
-def _container(kind: Kind, name: str, argv: list[str]) -> dict[str, Any]:
+def _container(kind: Kind, name: str, argv: list[str], **environment: str) -> dict[str, Any]:
     return {
         "name": name,
         "image": kind.image,
         "command": argv,
-        "env": [{"name": "HOME", "value": "/tmp"}],
+        "env": [{"name": key, "value": value} for key, value in {"HOME": "/tmp", **environment}.items()],
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -103,7 +104,7 @@ def _puller(wanted: Wanted, kind: Kind) -> dict[str, Any]:
     lines = [*commands.install(wanted, ROOT), commands.pull(wanted, ROOT, kind.package, registry)]
     credentials = {"envFrom": [{"secretRef": {"name": f"{wanted.name}-registry", "optional": True}}]}
     return {
-        **_container(kind, "engine", ["sh", "-c", commands.script(lines)]),
+        **_container(kind, "engine", ["sh", "-c", commands.script(lines)], **commands.NO_GPU),
         **({} if wanted.is_folder else credentials),
         "resources": {"requests": {"cpu": "1", "memory": "2Gi"}},
         "volumeMounts": _mounts(ROOT, "/tmp", *([REGISTRY] if wanted.is_folder else [])),
