@@ -67,7 +67,7 @@ def test_every_metric_of_a_panel_or_an_alert_is_in_a_real_scrape(parrot: Path, s
     for query in queries:
         names, labels = used(query)
         assert names, query
-        assert names - PROMETHEUS_OWN <= scraped.keys(), query
+        assert names - PROMETHEUS_OWN <= scraped.keys(), (query, sorted(scraped))
         for name in names - PROMETHEUS_OWN:
             assert labels <= scraped[name], (query, name)
 

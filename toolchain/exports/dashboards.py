@@ -70,14 +70,14 @@ ENGINES = (
     Panel(
         "Requests by engine",
         "reqps",
-        {"{{triton}} {{model}}": _rate("nv_inference_request_success", "triton, model")},
+        {"{{triton}} {{model}}": _rate("nv_inference_request_success_total", "triton, model")},
     ),
     Panel(
         "Time in Triton's queue, for each request",
         "µs",
         {
-            "{{triton}} {{model}}": f"{_rate('nv_inference_queue_duration_us', 'triton, model')}"
-            f" / {_rate('nv_inference_request_success', 'triton, model')}"
+            "{{triton}} {{model}}": f"{_rate('nv_inference_queue_duration_us_total', 'triton, model')}"
+            f" / {_rate('nv_inference_request_success_total', 'triton, model')}"
         },
     ),
 )
