@@ -24,7 +24,6 @@ from tests.gateway.behind_gateway import Gateway, gateway, settings_for
 from tests.gateway.test_doors import COUNT, until_ready
 from toolchain.endpoint import Endpoint
 from toolchain.gateway import keys
-from toolchain.gateway.kserve_contract import Contract
 from toolchain.measuring.conformance_doors import Kserve
 from toolchain.stages.conformance import conformance
 
@@ -340,9 +339,3 @@ def streams(port: int, key: str) -> str:
     finally:
         client.stop_stream()
     return ""
-
-
-def test_a_file_that_is_no_model_configuration_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.pbtxt").write_text("name: ")
-    with pytest.raises(Exception, match=r"config\.pbtxt: not a model configuration"):
-        Contract.read(tmp_path / "config.pbtxt")
