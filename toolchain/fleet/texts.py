@@ -61,11 +61,11 @@ class Parameters:
     def of(cls, found: Mapping[str, Any]) -> Parameters:
         """From the parameters of a ``repository.Repository``."""
         names = ("add_special_tokens", "skip_special_tokens", "exclude_input_in_output")
-        flags = (str(found.get(name, "true")).lower() in TRUE for name in names)
+        special, skip, exclude = (str(found.get(name, "true")).lower() in TRUE for name in names)
         most = int(found.get("triton_max_batch_size", cls.max_answers))
         drafts = int(found.get("num_draft_tokens", 0)) if found.get("tensorrt_llm_draft_model_name") else 0
         limits = int(found["max_input_len"]), int(found["vocab_size"])
-        return cls(*limits, *flags, max_answers=most, draft_tokens=drafts)
+        return cls(*limits, special, skip, exclude, most, drafts)
 
 
 class Texts:

@@ -174,7 +174,8 @@ class _Stream:
     async def _answer(self, request: Any) -> None:
         """One request, from its key to its last response."""
         visit = Visit(self._service, self._as_http(request.id), "kserve_grpc")
-        status, why = 499, "client gone"
+        status = 499
+        why: str | None = "client gone"
         try:
             visit.key = self._service.doorkeeper.admit(self._headers.get("authorization"))
             async with asyncio.timeout_at(visit.deadline):
