@@ -120,7 +120,7 @@ def endpoint(
     repository: Path, tokenizer: Path, work: Path, count: int = 2, adapters: tuple[str, ...] = ()
 ) -> Iterator[Endpoint]:
     plane = Plane(work / "discovery", ENDPOINT)
-    plane.folder.mkdir()
+    plane.folder.mkdir(parents=True)
     write_card(repository, checked_passport(repository, ""), work / "card")
     with ExitStack() as stack:
         replicas = [Replica(repository, work / f"r{number}", plane.folder) for number in range(count)]

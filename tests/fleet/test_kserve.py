@@ -47,7 +47,7 @@ def test_an_endpoint_answers_as_one_triton(fleet: Served, triton: Served, reques
 @pytest.mark.parametrize(("more", "said"), NOT_HERE)
 def test_what_an_endpoint_does_not_do_is_refused_by_name(fleet: Served, more: dict[str, Any], said: str) -> None:
     with pytest.raises(ServerError) as refused:
-        fleet.grpc(BLS, text_input="a", max_tokens=3, **more)
+        fleet.generate(BLS, text_input="a", max_tokens=3, **more)
     assert said in plain(refused.value)
 
 
