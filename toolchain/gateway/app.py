@@ -63,7 +63,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
     if service.settings.page:
         page.add(app)
     _add_kserve(app, service)
-    doors, names = _Doors(service), service.settings.model.names
+    doors, names = _Doors(service), service.model.names
 
     @app.post("/v1/chat/completions", openapi_extra=schema.body_of(ChatBody, names), responses=schema.CHAT)
     async def chat_completions(http: Request) -> Response:
@@ -86,13 +86,13 @@ def _add_kserve(app: FastAPI, service: Service) -> None:
 def _add_models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", responses=schema.MODELS)
     async def models(http: Request) -> Response:
-        return _guarded(service, http, lambda: {"object": "list", "data": _models(service.settings.model)})
+        return _guarded(service, http, lambda: {"object": "list", "data": _models(service.model)})
 
     @app.get("/v1/models/{name:path}", responses=schema.MODEL)
     async def model(http: Request, name: str) -> Response:
         def found() -> dict[str, Any]:
-            check_model(name, service.settings.model)
-            return next(one for one in _models(service.settings.model) if one["id"] == name)
+            check_model(name, service.model)
+            return next(one for one in _models(service.model) if one["id"] == name)
 
         return _guarded(service, http, found)
 
@@ -138,9 +138,7 @@ def _add_ready(app: FastAPI, service: Service) -> None:
 def _add_predict(app: FastAPI, service: Service) -> None:
     doors = _Doors(service)
 
-    @app.post(
-        "/predict", openapi_extra=schema.body_of(PredictBody, service.settings.model.names), responses=schema.PREDICT
-    )
+    @app.post("/predict", openapi_extra=schema.body_of(PredictBody, service.model.names), responses=schema.PREDICT)
     async def predict(http: Request) -> Response:
         return await service.visit(http, "predict", doors.predict)
 
@@ -164,7 +162,11 @@ class _Doors:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._model, self._limits = service.settings.model, service.settings.limits
+        self._limits = service.settings.limits
+
+    @property
+    def _model(self) -> Model:
+        return self._service.model
 
     async def chat(self, found: dict[str, Any], visit: Visit) -> Response:
         body = read_body(ChatBody, found)

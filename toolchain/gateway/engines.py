@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 from toolchain.gateway.fleet_status import FleetStatus
+from toolchain.gateway.settings import Model
 from toolchain.gateway.triton import Triton
 
 
@@ -53,6 +54,10 @@ class Engines(Protocol):
     @property
     def room(self) -> int:
         """How many requests they take at once."""
+
+    @property
+    def model(self) -> Model | None:
+        """What is served just now, where that changes while the gateway runs; else None."""
 
     @property
     def tritons(self) -> Sequence[Triton]:

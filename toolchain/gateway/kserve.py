@@ -39,7 +39,7 @@ async def responses(service: Service, visit: Visit, wanted: Wanted) -> AsyncIter
     ends = 0
     try:
         async for event in flow:
-            visit.see(read_event(event, service.settings.model), whole=not wanted.streaming)
+            visit.see(read_event(event, service.model), whole=not wanted.streaming)
             ends += "finish_reason" in event
             if outputs := wanted.outputs_of(event):
                 yield outputs

@@ -16,7 +16,7 @@ import aiohttp
 
 from toolchain.gateway.engines import Relayed
 from toolchain.gateway.failures import BusyError, SilentError, UpstreamError, invalid, too_many, unavailable
-from toolchain.gateway.settings import Timeouts
+from toolchain.gateway.settings import Model, Timeouts
 from toolchain.gateway.triton import Flow, Triton
 
 _ATTEMPTS = 3
@@ -48,6 +48,9 @@ class Pool:
         self._on_retry = on_retry
         self._changed = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
+
+    model: Model | None = None
+    """What the settings say, from beginning to end."""
 
     async def __aenter__(self) -> Pool:
         self._tasks = [asyncio.create_task(self._look_after(triton)) for triton in self.tritons]

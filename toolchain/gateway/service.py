@@ -25,7 +25,7 @@ from toolchain.gateway.logs import Log
 from toolchain.gateway.metrics import Metrics
 from toolchain.gateway.pool import Pool
 from toolchain.gateway.recent import Recent
-from toolchain.gateway.settings import Settings
+from toolchain.gateway.settings import Model, Settings
 from toolchain.gateway.stops import Cut
 from toolchain.gateway.triton import Triton, make_session
 from toolchain.gateway.visit import Visit
@@ -55,6 +55,11 @@ class Service:
         self.metrics.running.set_function(lambda: self.admission.running)
         self.metrics.waiting.set_function(lambda: self.admission.waiting)
         self.pool: Engines
+
+    @property
+    def model(self) -> Model:
+        """That is served just now."""
+        return self.pool.model or self.settings.model
 
     async def __aenter__(self) -> Service:
         self.pool = self._make_engines(self.settings, self._note_retry)
@@ -208,7 +213,7 @@ class Service:
         tokens = dict.fromkeys(open_answers, 0)
         try:
             async for event in flow:
-                piece = read_event(event, self.settings.model, first_index)
+                piece = read_event(event, self.model, first_index)
                 if piece.index not in open_answers:
                     continue
                 piece = open_answers[piece.index].push(piece)

@@ -97,7 +97,7 @@ class Observer:
         pairs, fleet = zip(service.pool.tritons, self._seen, strict=True), self._fleet
         return Status(
             ready=service.pool.ready,
-            model=settings.model.name,
+            model=service.model.name,
             version=__version__,
             uptime_s=round(recent.uptime_s, 1),
             running=admission.running,
@@ -108,8 +108,8 @@ class Observer:
             last_minute=recent.window(60),
             last_five_minutes=recent.window(300),
             series=recent.series(),
-            max_seq_len=settings.model.max_seq_len,
-            engine=settings.model.engine,
+            max_seq_len=service.model.max_seq_len,
+            engine=service.model.engine,
             fleet=fleet,
         )
 
