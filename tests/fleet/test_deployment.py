@@ -34,10 +34,12 @@ def written(folder: Path, text: str) -> Path:
     return file
 
 
-def test_what_is_left_out_has_a_value_and_what_is_not_obeyed_is_said(tmp_path: Path) -> None:
+def test_what_is_left_out_has_a_value(tmp_path: Path) -> None:
     found = load_deployment(written(tmp_path, "endpoint: a\nrecipes: [tiny]\nreplicas: {min: 2, max: 4}\n"))
-    assert (found.count, found.ports.openai, found.max_queue, found.drain_seconds) == (2, 8080, 64, 30)
-    assert list(found.notes) == ["replicas.max: this release does not scale; it keeps 2"]
+    assert (found.replicas.min, found.replicas.most, found.replicas.idle_seconds) == (2, 4, 300)
+    assert (found.ports.openai, found.max_queue, found.drain_seconds) == (8080, 64, 30)
+    none = load_deployment(written(tmp_path, "endpoint: a\nrecipes: [tiny]\nreplicas: {min: 0}\n"))
+    assert (none.replicas.min, none.replicas.most) == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,9 @@ def test_what_is_left_out_has_a_value_and_what_is_not_obeyed_is_said(tmp_path: P
         ("endpoint: a\nrecipes: []\n", r"yaml:2: recipes"),
         ("recipes: [tiny]\n", r"endpoint: is required"),
         ("endpoint: a\nrecipes: [tiny]\nreplicas: {min: 3, max: 2}\n", r"yaml:3: replicas.max: 2 is less than min, 3"),
+        ("endpoint: a\nrecipes: [tiny]\nreplicas: {max: 0}\n", r"yaml:3: replicas.max"),
+        ("endpoint: a\nrecipes: [tiny]\nreplicas: {min: 2, max_unavailable: 0}\n", r"max_unavailable: 0 with max 2"),
+        ("endpoint: a\nrecipes: [tiny]\nprices: {cpu: -1}\n", r"yaml:3: prices.cpu"),
         ("endpoint: a\nrecipes: [tiny]\nports: {openai: 2345}\n", r"ports.predict: the same port as openai"),
         ("endpoint: a\nrecipes: [tiny]\nports: {grpc: 8080}\n", r"ports.grpc: the same port as openai"),
         ("endpoint: a\nrecipes: [tiny]\ndrain_seconds: -1\n", r"yaml:3: drain_seconds"),
@@ -87,8 +92,6 @@ def test_what_dies_is_started_again_and_nothing_is_left_at_the_end(
         gateway.background(settings, listen, log=tmp_path / "gateway.log", engines=endpoint.engines),
     ):
         client = openai.OpenAI(base_url=listen.urls["OpenAI"], api_key="x", max_retries=0, timeout=120)
-        replica = endpoint.replicas[0]
-        until(lambda: replica.state()["state"] == "ready", 120)
         endpoint.tell("running")
         assert [found["endpoint"] for found in deploy.all_running(tmp_path)] == ["parrot"]
         with (
@@ -96,13 +99,13 @@ def test_what_dies_is_started_again_and_nothing_is_left_at_the_end(
             deploy.local(asked, [repository], place, progress=Silent()),
         ):
             pass
-        seen = set(replica.state()["pids"].values())
+        seen = set(endpoint.replicas()[0]["pids"].values())
         for which in ("triton", "worker"):
-            os.kill(replica.state()["pids"][which], signal.SIGKILL)
+            os.kill(endpoint.replicas()[0]["pids"][which], signal.SIGKILL)
             answer = client.completions.create(model="parrot", prompt=CAPITAL, max_tokens=60, temperature=0)
             assert answer.choices[0].text == text
-            until(lambda: replica.state()["state"] == "ready", 120)
-            seen |= set(replica.state()["pids"].values())
+            until(lambda: endpoint.replicas()[0]["state"] == "ready", 120)
+            seen |= set(endpoint.replicas()[0]["pids"].values())
     assert len(seen) == 4
     assert not any(psutil.pid_exists(pid) for pid in seen)
     assert deploy.all_running(tmp_path) == []

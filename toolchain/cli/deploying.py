@@ -1,4 +1,4 @@
-"""The verb ``deploy``: an endpoint over several replicas, its state, its end."""
+"""The verb ``deploy``: an endpoint over several replicas. What is done to one that runs: see ``operating``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from toolchain.cli import doors, exporting
+from toolchain.cli import doors, exporting, operating
 from toolchain.cli.flags import PATH, common, open_job, open_screen, work_flag
 
 if TYPE_CHECKING:
     from toolchain.console import Screen
     from toolchain.fleet.deployment import Deployment
     from toolchain.gateway.run import Listen
+    from toolchain.gateway.settings import Model
     from toolchain.stages.serve import ServingInfo
+
+
+_unverified_flag = click.option(
+    "--allow-unverified", is_flag=True, help="Also an engine whose answers failed or were never verified."
+)
 
 
 class _FileOrVerb(click.Group):
@@ -38,7 +44,15 @@ def deploy() -> None:
     DEPLOYMENT.yaml:
       endpoint: my-llama        # what clients call the model
       recipes: [tiny]           # in turn; all of one model
-      replicas: {min: 2}        # this release keeps this number
+      replicas:
+        min: 0                  # 0: none while nobody asks; a request wakes one
+        max: 4
+        target_tokens_in_flight: 4096   # for each; beyond it there is one more
+        idle_seconds: 300       # after so long in which fewer would have done
+        max_unavailable: 1      # below min, while a version is replaced
+        start_seconds: 600      # until a replica must be ready
+      prices: {rtx4090: 0.34, vast/rtx4090: 0.29}   # $ per GPU and hour
+      max_price_per_hour: 2.50  # of all nodes in use
       drain_seconds: 30
       max_queue: 64
       ports: {openai: 8080, predict: 2345, grpc: 8001}
@@ -48,18 +62,23 @@ def deploy() -> None:
     Examples:
       scalellm deploy DEPLOYMENT.yaml --local
       scalellm deploy status
+      scalellm deploy scale my-llama --min 1 --max 3
+      scalellm deploy update my-llama DEPLOYMENT.yaml
+      scalellm deploy logs my-llama --follow
       scalellm deploy down my-llama
       scalellm deploy export kubernetes DEPLOYMENT.yaml -o manifests --registry s3://bucket/models
     """
 
 
-deploy.add_command(exporting.export)
+for _verb in (exporting.export, operating.status, operating.scale, operating.logs, operating.down):
+    deploy.add_command(_verb)
 
 
 @deploy.command("up", hidden=True)
 @click.argument("file", type=PATH, metavar="DEPLOYMENT.yaml")
 @click.option("--local", is_flag=True, help="On this machine: the only place that this release knows.")
 @click.option("--insecure-open", is_flag=True, help="Let other machines in without any API key.")
+@_unverified_flag
 @doors.keys_flag
 @work_flag()
 @common
@@ -76,8 +95,8 @@ def up(file: Path, local: bool, work: Path, keys: Path | None, json_output: bool
     deployment = load_deployment(file)
     must_be_local(local)
     require_libraries()
-    repositories = [built(screen, recipe, work) for recipe in deployment.recipes]
-    run(screen, deployment, repositories, work, keys=keys, insecure_open=flags["insecure_open"])
+    repositories = [admitted(screen, recipe, work, flags["allow_unverified"]) for recipe in deployment.recipes]
+    run(screen, deployment, repositories, work, keys=keys, **flags)
 
 
 def require_libraries() -> None:
@@ -97,6 +116,7 @@ def run(
     *,
     keys: Path | None,
     insecure_open: bool,
+    allow_unverified: bool = False,
     on_open: Callable[[Listen], None] = lambda _listen: None,
 ) -> None:
     """An endpoint over these repositories, with its gateway, until it is told to end. Raises ScalellmError."""
@@ -104,11 +124,13 @@ def run(
     from toolchain.stages import deploy as stage
     from toolchain.stages import gateway
 
-    for note in deployment.notes:
-        screen.note(f"note: {note}")
     ports = deployment.ports
+
+    def model_of(repository: Path) -> Model:
+        return gateway.model_of_repository(repository, deployment.endpoint)
+
     settings = doors.settings_of(
-        gateway.model_of_repository(repositories[0], deployment.endpoint),
+        model_of(repositories[0]),
         (),
         work=work,
         keys=keys,
@@ -125,9 +147,16 @@ def run(
     )
     check(settings, listen)
     place = stage.Place.of(work, deployment.endpoint)
-    suite = _conformance if deployment.conformance else None
     _errors_of_libraries_into(place.folder / "dynamo.log")
-    with stage.local(deployment, repositories, place, progress=screen, check=suite) as endpoint:
+    with stage.local(
+        deployment,
+        repositories,
+        place,
+        progress=screen,
+        check=_conformance,
+        model_of=model_of,
+        allow_unverified=allow_unverified,
+    ) as endpoint:
         endpoint.doors = listen.urls
         log = place.folder / "gateway.log"
         with gateway.background(settings, listen, log=log, engines=endpoint.engines):
@@ -140,48 +169,55 @@ def run(
 
 
 @deploy.command()
-@work_flag("Where the endpoints' folders lie.")
-@common
-def status(work: Path, json_output: bool, verbose: int) -> None:
-    """The endpoints that run on this machine, and their replicas.
-
-    \b
-    Example:
-      scalellm deploy status --json
-    """
-    from toolchain.stages import deploy as stage
-
-    screen = open_screen(json_output, verbose)
-    found = stage.all_running(work)
-    screen.emit(found)
-    for endpoint in found:
-        screen.say(f"{endpoint['endpoint']}: {endpoint['state']}, port {endpoint['ports']['openai']}")
-        for one in endpoint["replicas"]:
-            why = f": {one['why']}" if one["why"] else ""
-            pids = ", ".join(f"{name} {pid}" for name, pid in one["pids"].items())
-            screen.say(f"  replica {one['replica']}  {one['state']}{why}  ({pids}; {one['restarts']} restarts)")
-    if not found:
-        screen.say("No endpoint runs here.")
-
-
-@deploy.command()
 @click.argument("endpoint")
-@click.option("--timeout", "timeout_s", type=float, default=120, show_default=True, metavar="SECONDS")
-@work_flag("Where the endpoints' folders lie.")
+@click.argument("file", type=PATH, metavar="DEPLOYMENT.yaml")
+@_unverified_flag
+@work_flag()
 @common
-def down(endpoint: str, timeout_s: float, work: Path, json_output: bool, verbose: int) -> None:
-    """End an endpoint of this machine; requests at work finish first.
+def update(endpoint: str, file: Path, allow_unverified: bool, work: Path, json_output: bool, verbose: int) -> None:
+    """Replace what an endpoint runs, without a lost request: its recipes, numbers and prices; not its ports.
+
+    What is stale is built. One replica of the new version is started and must pass its gate; the others follow one by
+    one. If it does not start, keeps dying or is refused, the old version stays, and the exit code is 7.
 
     \b
     Example:
-      scalellm deploy down my-llama
+      scalellm deploy update my-llama DEPLOYMENT.yaml
     """
+    from toolchain.fleet.deployment import load_deployment
     from toolchain.stages import deploy as stage
 
     screen = open_screen(json_output, verbose)
-    ended = stage.down(stage.Place.of(work, endpoint), timeout_s)
-    screen.emit({"endpoint": endpoint, "ended": ended})
-    screen.say(f"{endpoint}: ended" if ended else f"{endpoint}: does not run here")
+    deployment, place = load_deployment(file), stage.Place.of(work, endpoint)
+    operating.must_be_same(file, deployment, endpoint, place)
+    require_libraries()
+    repositories = [admitted(screen, recipe, work, allow_unverified) for recipe in deployment.recipes]
+    version = stage.update(
+        place,
+        deployment,
+        repositories,
+        progress=screen,
+        on_event=lambda event: screen.note(operating.line_of(event)),
+        allow_unverified=allow_unverified,
+    )
+    screen.emit({"endpoint": endpoint, "version": version})
+    screen.say(f"{endpoint}: version {version} answers")
+
+
+def admitted(screen: Screen, recipe: str, work: Path, allow_unverified: bool) -> Path:
+    """The repository of a recipe, made where it is missing or stale. Raises RejectedError for one whose answers must
+    be verified first.
+    """
+    from toolchain.admission import Asked, admit
+    from toolchain.recipe import load_recipe
+
+    repository = built(screen, recipe, work)
+    admission = admit(repository, Asked(recipe, load_recipe(recipe), None, allow_unverified))
+    for note in admission.notes:
+        screen.note(f"note: {note}")
+    if admission.unverified:
+        screen.note(f"NOT VERIFIED: {admission.unverified}")
+    return repository
 
 
 def built(screen: Screen, recipe: str, work: Path) -> Path:

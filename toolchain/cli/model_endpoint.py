@@ -73,5 +73,14 @@ def replicate(
         urls = listen.urls
         record(Deployment(os.getpid(), True, urls.get("/predict", ""), urls["OpenAI"], (), str(log_file(card))))
 
-    deploying.run(screen, asked, repositories, card.home, keys=keys, insecure_open=insecure_open, on_open=on_open)
+    deploying.run(
+        screen,
+        asked,
+        repositories,
+        card.home,
+        keys=keys,
+        insecure_open=insecure_open,
+        allow_unverified=allow_unverified,
+        on_open=on_open,
+    )
     return 0

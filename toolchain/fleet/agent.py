@@ -121,6 +121,8 @@ class Agent:
         self._ending: dict[str, threading.Thread] = {}
         self._wanted: dict[str, int] = {}
         self._versions: dict[int, dict[str, Any]] = {}
+        self.failure: ScalellmError | None = None
+        """Of the replica that was given up last."""
         self._state = "up"
         self._told: dict[str, Any] = {}
         self._told_s = float("-inf")
@@ -190,6 +192,7 @@ class Agent:
         for name in list(names):
             if name not in self._ending:
                 _version, one = self._running[name]
+                self.failure = one.failure or self.failure
                 self._ending[name] = threading.Thread(target=one.kill if one.failure else one.stop, name=f"end-{name}")
                 self._ending[name].start()
 

@@ -14,13 +14,33 @@ from toolchain.problems import MarkedYaml, Port, Section, Text, read_text
 EndpointName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,62}$")]
 """It is a part of Dynamo's addresses, in which dots separate."""
 Seconds = Annotated[float, Field(ge=0, le=86400)]
+MOST = 64
+"""Replicas of one endpoint."""
+Usd = Annotated[float, Field(ge=0)]
 
 
 class Replicas(Section):
-    """How many replicas there are to be. This release starts ``min`` of them and keeps that number."""
+    """How many replicas there are to be, and how that follows the load."""
 
-    min: Annotated[int, Field(ge=1, le=64)] = 1
-    max: Annotated[int, Field(ge=1, le=64)] | None = None
+    min: Annotated[int, Field(ge=0, le=MOST)] = 1
+    """0: none at all while nobody asks."""
+    max: Annotated[int, Field(ge=1, le=MOST)] | None = None
+    """None: ``min``, and at least 1."""
+    target_tokens_in_flight: Annotated[int, Field(ge=1, le=10_000_000)] = 4096
+    """Of prompts and answers at work, for each replica: beyond it there is one more, up to ``max``."""
+    idle_seconds: Annotated[float, Field(ge=1, le=86400)] = 300.0
+    """After so long in which fewer would have done, there are fewer."""
+    max_unavailable: Annotated[int, Field(ge=0, le=MOST)] | None = None
+    """How many fewer than ``min`` may take requests while a version is replaced. None: 0, or 1 where ``max`` is
+    ``min``, for then one must end before its successor can begin.
+    """
+    start_seconds: Annotated[float, Field(ge=1, le=86400)] = 600.0
+    """How long a replica may take to come, and a request waits for one where there is none."""
+
+    @property
+    def most(self) -> int:
+        """``max``, also where it was left out."""
+        return max(self.min, 1) if self.max is None else self.max
 
 
 class Ports(Section):
@@ -50,21 +70,27 @@ class Deployment(Section):
     ports: Ports = Ports()
     conformance: bool = False
     """Ask each replica the conformance suite before it takes requests."""
+    prices: dict[Text, Usd] = Field(default_factory=dict)
+    """US dollars per GPU and hour, per machine where there is no GPU, by device or by ``provider/device``; see
+    ``pricing``.
+    """
     max_price_per_hour: Annotated[float, Field(gt=0)] | None = None
-    """US dollars, of all replicas; for releases that rent machines."""
+    """US dollars, of all nodes that run a replica; a node whose price is not known runs none then."""
 
     @property
-    def count(self) -> int:
-        """Replicas to start."""
-        return self.replicas.min
-
-    @property
-    def notes(self) -> Iterator[str]:
-        """What the file asks for and this release does not do."""
-        if self.replicas.max is not None and self.replicas.max != self.replicas.min:
-            yield f"replicas.max: this release does not scale; it keeps {self.replicas.min}"
-        if self.max_price_per_hour is not None:
-            yield "max_price_per_hour: this release rents no machines"
+    def scaling(self) -> dict[str, Any]:
+        """What the head needs to know of it, by the board's keys."""
+        replicas = self.replicas
+        return {
+            "min": replicas.min,
+            "max": replicas.most,
+            "target_tokens_in_flight": replicas.target_tokens_in_flight,
+            "idle_seconds": replicas.idle_seconds,
+            "max_unavailable": replicas.max_unavailable,
+            "start_seconds": replicas.start_seconds,
+            "max_price_per_hour": self.max_price_per_hour,
+            "prices": dict(self.prices),
+        }
 
 
 def load_deployment(path: Path) -> Deployment:
@@ -86,6 +112,11 @@ def _contradictions(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], 
     least, most = replicas.get("min", 1), replicas.get("max")
     if isinstance(least, int) and isinstance(most, int) and most < least:
         yield ("replicas", "max"), f"{most} is less than min, {least}"
+    if least and replicas.get("max_unavailable") == 0 and most in (None, least):
+        yield (
+            ("replicas", "max_unavailable"),
+            f"0 with max {least} leaves no way to replace a version: neither one more nor one fewer may run",
+        )
     if "openai" in ports and ports["openai"] == ports.get("predict", 2345):
         yield ("ports", "predict"), "the same port as openai"
     if (grpc := ports.get("grpc", 8001)) in (ports.get("openai", 8080), ports.get("predict", 2345)) and grpc:

@@ -39,14 +39,24 @@ class NodeSeen:
     replicas: tuple[Told, ...] = ()
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> NodeSeen:
-        """From the board's ``nodes/<node>``."""
+    def of(cls, name: str, told: Mapping[str, Any]) -> NodeSeen:
+        """From the board's ``nodes/<name>``. Raises KeyError, TypeError or ValueError for what makes no sense."""
         replicas = (
-            Told(one["name"], int(one["version"]), one["state"], one.get("why", ""), int(one.get("restarts", 0)))
+            Told(
+                str(one["name"]), int(one["version"]), str(one["state"]), str(one.get("why", "")), int(one["restarts"])
+            )
             for one in told["replicas"]
         )
-        up = told["state"] == "up"
-        return cls(told["node"], int(told["room"]), told.get("price_per_hour"), up, tuple(replicas))
+        price = told.get("price_per_hour")
+        if price is not None and not 0 <= float(price) < math.inf:
+            raise ValueError(f"a price of {price}")
+        return cls(
+            name,
+            room=int(told["room"]),
+            price_per_hour=None if price is None else float(price),
+            up=told["state"] == "up",
+            replicas=tuple(replicas),
+        )
 
 
 @dataclass(frozen=True)

@@ -1,42 +1,38 @@
-"""deploy: model repositories -> an endpoint on this machine: replicas, each a Triton and a worker, kept running.
+"""deploy: model repositories -> an endpoint on this machine: a head, and one node that runs the replicas.
 
 The gateway in front is opened by the caller inside ``local``. It prints nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import shutil
 import signal
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain import runner, running
-from toolchain.errors import ArtifactError, EndpointError, ScalellmError
+from toolchain import running
+from toolchain.errors import ArtifactError, EndpointError
 from toolchain.progress import Progress
-from toolchain.servers.triton.locate import find_server
-from toolchain.servers.triton.needs import needs_of
-from toolchain.servers.triton.ports import free_ports
-from toolchain.servers.triton.supervisor import ServingInfo, Supervisor
 
 if TYPE_CHECKING:
+    from toolchain.fleet.agent import Agent
+    from toolchain.fleet.board import FolderBoard
     from toolchain.fleet.deployment import Deployment
+    from toolchain.fleet.head import Head, Version
     from toolchain.fleet.plane import Plane
+    from toolchain.fleet.replica import Check
+    from toolchain.fleet.versions import ModelOf
     from toolchain.gateway.service import MakeEngines
 
-_BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0)
-"""Before a dead worker's next start; one that lived for ``_STEADY_S`` begins again at the first."""
-_STEADY_S = 60.0
+NODE = "local"
 _POLL_S = 0.2
-_KILL_MARGIN_S = 10.0
+_ROOM = 64
+"""Replicas that this machine is taken to hold: what bounds them is the deployment."""
+VERSIONS = "versions"
 
 
 @dataclass(frozen=True)
@@ -55,153 +51,78 @@ class Place:
 
         return Plane(self.folder / "discovery", endpoint)
 
+    def board(self) -> FolderBoard:
+        """Where operators ask its head; on one machine it is all of the board."""
+        from toolchain.fleet.board import FolderBoard
+
+        return FolderBoard(self.folder / "board")
+
+    @property
+    def events(self) -> Path:
+        """What has happened, a JSON object a line."""
+        from toolchain.fleet.head import EVENTS
+
+        return self.folder / EVENTS
+
     def read(self) -> dict[str, Any] | None:
         """What the endpoint says of itself; None where none runs."""
         return running.Place(self.folder).state()
 
 
-class Replica:
-    """A supervised Triton on ports of its own, and the worker in front of it."""
-
-    def __init__(self, number: int, repository: Path, place: Place, deployment: Deployment, progress: Progress) -> None:
-        self.number, self.repository = number, repository
-        self._folder = place.folder / f"replica-{number}"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._place, self._deployment, self._progress = place, deployment, progress
-        needs, self._ports = needs_of(repository), free_ports()
-        self._supervisor = Supervisor(
-            find_server("auto", environ=os.environ, needs=needs),
-            repository,
-            self._ports,
-            log=self._folder / "triton.log",
-            progress=progress,
-            ranks=needs.ranks,
-            exit_timeout_s=max(1, round(deployment.drain_seconds)),
-        )
-        self._worker: runner.Process | None = None
-        self._stopping = threading.Event()
-        self._threads: list[threading.Thread] = []
-        self.failure: ScalellmError | None = None
-        self.restarts = 0
-
-    def start(self, check: Callable[[ServingInfo], None] | None, fingerprint: str) -> None:
-        """Until its Triton has generated a token and its worker runs. Raises EndpointError."""
-        from toolchain.fleet.worker import Spec
-
-        info = self._supervisor.start()
-        if check is not None:
-            check(info)
-        spec = Spec(
-            endpoint=self._deployment.endpoint,
-            discovery=str(self._place.folder / "discovery"),
-            triton_url=info.http_url,
-            repository=str(self.repository.resolve()),
-            card=str(self._place.folder / "card"),
-            drain_s=self._deployment.drain_seconds,
-            fingerprint=fingerprint,
-            state=str(self._folder / "worker.json"),
-        )
-        spec.write(self._folder / "spec.json")
-        self._threads = [threading.Thread(target=self._guarded, args=(one,)) for one in (self._watch, self._keep)]
-        for thread in self._threads:
-            thread.start()
-
-    def state(self) -> dict[str, Any]:
-        """For the state file."""
-        found: dict[str, Any] = {"state": "starting", "why": ""}
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            found |= json.loads((self._folder / "worker.json").read_text(encoding="utf-8"))
-        if self.failure is not None:
-            found |= {"state": "failed", "why": self.failure.message}
-        pids = {"worker": self._worker.pid if self._worker else 0, "triton": self._supervisor.pid}
-        found.pop("pid", None)
-        return {"replica": self.number, **found, "pids": pids, "ports": self._ports.named(), "restarts": self.restarts}
-
-    def stop(self) -> None:
-        """Drains the worker, then its Triton."""
-        self._stopping.set()
-        self._supervisor.ask_to_stop()
-        for thread in self._threads:
-            thread.join()
-        self._supervisor.stop()
-
-    def kill(self) -> None:
-        """Everything, at once."""
-        self._stopping.set()
-        self._supervisor.ask_to_stop()
-        if self._worker is not None:
-            self._worker.hurry()
-        for thread in self._threads:
-            thread.join()
-        self._supervisor.kill()
-
-    def _guarded(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except ScalellmError as error:
-            self.failure = error
-            self._progress.note(f"replica {self.number} is given up: {error.message}")
-            self._stopping.set()
-            self._supervisor.ask_to_stop()
-
-    def _watch(self) -> None:
-        """The Triton, replaced when it dies or generates no more, until the supervisor is asked to stop."""
-        self._supervisor.watch()
-
-    def _keep(self) -> None:
-        """The worker, started again whenever it dies; drained at the end."""
-        argv = [sys.executable, "-m", "toolchain.fleet.worker", str(self._folder / "spec.json")]
-        tries = 0
-        while not self._stopping.is_set():
-            begun = time.monotonic()
-            (self._folder / "worker.json").unlink(missing_ok=True)
-            with runner.start(argv, log=self._folder / "worker.log") as worker:
-                self._worker = worker
-                while worker.poll() is None and not self._stopping.wait(_POLL_S):
-                    pass
-                if self._stopping.is_set():
-                    worker.terminate(self._deployment.drain_seconds + _KILL_MARGIN_S)
-                    return
-            tries = 0 if time.monotonic() - begun > _STEADY_S else tries + 1
-            self.restarts += 1
-            self._progress.note(f"replica {self.number}: its worker ended; it is started again")
-            self._stopping.wait(_BACKOFF_S[min(tries, len(_BACKOFF_S)) - 1])
-
-
 class Local:
     """A running endpoint of this machine."""
 
-    def __init__(
-        self, deployment: Deployment, record: running.Record, replicas: Sequence[Replica], engines: MakeEngines
-    ) -> None:
-        self.deployment, self.replicas = deployment, replicas
+    def __init__(self, deployment: Deployment, record: running.Record, head: Head, agent: Agent) -> None:
+        self.deployment, self.head, self.agent = deployment, head, agent
         self._record = record
-        self.engines = engines
+        self.engines: MakeEngines
         """For the gateway in front."""
         self.asked = threading.Event()
         """Set when it is to end."""
         self.doors: dict[str, str] = {}
         """Where the gateway answers, by door."""
 
+    def replicas(self) -> list[dict[str, Any]]:
+        """How each is, without the figures of its engine."""
+        return [{name: value for name, value in one.items() if name != "figures"} for one in self.agent.replicas()]
+
     def wait(self) -> None:
-        """Until it is to end; keeps the state file. Raises EndpointError when no replica is left."""
-        while not self.asked.wait(_POLL_S):
+        """Until it is to end; keeps the state file."""
+        while not self._ended():
             self.tell("running")
-            if all(replica.failure for replica in self.replicas):
-                failure = self.replicas[-1].failure
-                raise EndpointError(f"no replica is left: {failure.message if failure else ''}")
+            self.asked.wait(_POLL_S)
+
+    def wait_until_ready(self) -> None:
+        """As many replicas as it is to have at least, and one. Raises ScalellmError where the first ones fail."""
+        least = max(1, self.deployment.replicas.min)
+        while sum(one["state"] == "ready" for one in self.agent.replicas()) < least:
+            if self._ended():
+                raise EndpointError("stopped before it was ready")
+            if self.agent.failure is not None:
+                raise self.agent.failure
+            self.tell("starting")
+            self.asked.wait(_POLL_S)
 
     def tell(self, state: str) -> None:
         """Write the state file, whole or not at all."""
+        spec = self.head.spec
         self._record(
             {
                 "endpoint": self.deployment.endpoint,
                 "state": state,
-                "replicas": [replica.state() for replica in self.replicas],
+                "version": spec["current"],
+                "next_version": spec["next"],
+                **{name: spec[name] for name in ("min", "max", "desired")},
+                "replicas": self.replicas(),
                 "ports": self.deployment.ports.model_dump(),
                 "doors": self.doors,
             }
         )
+
+    def _ended(self) -> bool:
+        if self.head.failure is not None:
+            raise self.head.failure
+        return self.asked.is_set() or self.head.asked.is_set()
 
 
 @contextmanager
@@ -211,66 +132,124 @@ def local(
     place: Place,
     *,
     progress: Progress,
-    check: Callable[[ServingInfo], None] | None = None,
+    check: Check | None = None,
+    model_of: ModelOf | None = None,
+    allow_unverified: bool = False,
 ) -> Iterator[Local]:
-    """The replicas, for the length of a ``with`` block; drained at its end, killed after an error. SIGINT and
-    SIGTERM set ``asked``; a second one ends the drain. ``check`` is called for each server before its worker starts.
-    Raises ScalellmError.
+    """The endpoint once its first replicas are ready, for the length of a ``with`` block; drained at its end, killed
+    after an error. SIGINT and SIGTERM set ``asked``; a second one ends the drain. ``check`` is asked of each server
+    before its worker starts, where the deployment wants that. Raises ScalellmError.
     """
     from toolchain.fleet.plane import require
+    from toolchain.fleet.versions import version_of
 
     require()
     runs = EndpointError(
         f"the endpoint {deployment.endpoint} runs already", hint=f"scalellm deploy down {deployment.endpoint}"
     )
     _make(place)
-    with (
-        running.Place(place.folder).hold(lambda: runs) as record,
-        _opened(deployment, repositories, place, record, progress, check) as found,
-    ):
-        yield found
+    with ExitStack() as stack:
+        record = stack.enter_context(running.Place(place.folder).hold(lambda: runs))
+        _clear(place)
+        folder = place.folder / VERSIONS
+        version = version_of(deployment, repositories, folder, progress, allow_unverified=allow_unverified)
+        yield stack.enter_context(_opened(deployment, version, place, record, progress, check, model_of))
 
 
 @contextmanager
 def _opened(
     deployment: Deployment,
-    repositories: Sequence[Path],
+    version: Version,
     place: Place,
     record: running.Record,
     progress: Progress,
-    check: Callable[[ServingInfo], None] | None,
+    check: Check | None,
+    model_of: ModelOf | None,
 ) -> Iterator[Local]:
-    from toolchain.fleet import front, membership
-    from toolchain.fleet.texts import Parameters, Texts
-    from toolchain.repository import Repository
+    from toolchain.fleet.agent import Agent, Maker, Node
+    from toolchain.fleet.front import steered
+    from toolchain.fleet.head import Head, Surroundings, first_spec
+    from toolchain.fleet.meter import Meter
+    from toolchain.fleet.traffic import Traffic
+    from toolchain.fleet.versions import lane_of, provided
+    from toolchain.fleet.view import View
+    from toolchain.ledger.book import FILE, Ledger
 
-    passports = [membership.checked_passport(one, "") for one in repositories]
-    identity = membership.identity(passports[0])
-    for repository in repositories[1:]:
-        membership.checked_passport(repository, identity)
-    limits = passports[0].limits
-    if limits.max_input_len < limits.max_seq_len - 1:
-        most = limits.max_input_len
-        progress.note(f"note: an answer is continued elsewhere up to {most} tokens with its prompt (max_input_len)")
-    _clear(place)
-    membership.write_card(repositories[0], passports[0], place.folder / "card")
-    texts = Texts(repositories[0] / membership.TOKENIZER, Parameters.of(Repository.open(repositories[0]).parameters))
-    replicas = [
-        Replica(number, repositories[(number - 1) % len(repositories)], place, deployment, progress)
-        for number in range(1, deployment.count + 1)
-    ]
-    room = sum(int(Repository.open(one.repository).parameters["bls_max_concurrent_requests"]) for one in replicas)
-    found = Local(deployment, record, replicas, front.engines(place.plane(deployment.endpoint), texts, room))
+    board, traffic, plane = place.board(), Traffic(), place.plane(deployment.endpoint)
+    meter = Meter(Ledger.open(place.folder / FILE, deployment.endpoint), progress.note)
+    around = Surroundings(board, traffic, lambda one: lane_of(one, model_of), place.events, progress, meter)
+    device, gpus = _device(Path(version["repositories"][0]))
+    node = Node(NODE, device=device, gpus=gpus, room=_ROOM)
+    maker = Maker(place.folder, str(plane.folder), provided, progress=progress, check=check)
+    head = Head(first_spec(deployment.endpoint, version, deployment.scaling), around)
+    found = Local(deployment, record, head, Agent(node, board, maker, progress))
+    found.engines = steered(plane, traffic, meter, View(board, meter, place.events))
     with _signals(found.asked):
         try:
-            for replica in replicas:
-                found.tell("starting")
-                replica.start(check, identity)
-            yield found
+            found.agent.round()
+            with _threads(head.run, found.agent.run):
+                found.wait_until_ready()
+                yield found
             found.tell("draining")
-            _all(replica.stop for replica in replicas)
+            found.agent.drain()
         finally:
-            _all(replica.kill for replica in replicas)
+            found.agent.kill()
+            meter.close()
+
+
+@contextmanager
+def _threads(*works: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Each in a thread, told to end at the end of the block."""
+    until = threading.Event()
+    threads = [threading.Thread(target=work, args=(until,)) for work in works]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        until.set()
+        for thread in threads:
+            thread.join()
+
+
+def _device(repository: Path) -> tuple[str, int]:
+    """What this machine is, by the engine that is made for it, and how many GPUs one replica has."""
+    from toolchain.admission import passport_of
+    from toolchain.repository import Repository
+
+    passport = passport_of(repository)
+    return (passport.device if passport else ""), Repository.open(repository).gpus
+
+
+def ask(place: Place, what: Mapping[str, Any]) -> dict[str, Any]:
+    """Ask a running endpoint's head. Raises ScalellmError for what it refuses."""
+    from toolchain.fleet import asking
+
+    if place.read() is None:
+        raise EndpointError(f"the endpoint {place.folder.name} does not run here", hint="scalellm deploy status")
+    return asking.ask(place.board(), what)
+
+
+def update(
+    place: Place,
+    deployment: Deployment,
+    repositories: Sequence[Path],
+    *,
+    progress: Progress,
+    on_event: Callable[[Mapping[str, Any]], None],
+    allow_unverified: bool = False,
+) -> int:
+    """Replace what a running endpoint runs, and wait until that is done. -> the new version's number. Raises
+    RejectedError where it was given up and the old one stays.
+    """
+    from toolchain.fleet import asking, versions
+
+    folder = place.folder / VERSIONS
+    version = versions.version_of(deployment, repositories, folder, progress, allow_unverified=allow_unverified)
+    begin = place.events.stat().st_size if place.events.exists() else 0
+    answer = ask(place, {"ask": "update", "version": version, "scaling": deployment.scaling})
+    asking.outcome(asking.events(place.events, begin, lambda: place.read() is not None), on_event)
+    return int(answer["version"])
 
 
 def down(place: Place, timeout_s: float) -> bool:
@@ -294,19 +273,10 @@ def _make(place: Place) -> None:
 
 
 def _clear(place: Place) -> None:
-    """What an endpoint before this one left there would be found as workers."""
-    for name in ("discovery", "card"):
+    """What an endpoint before this one left there would be found as workers, or as wanted."""
+    for name in ("discovery", "cards", "board", "replicas", VERSIONS):
         shutil.rmtree(place.folder / name, ignore_errors=True)
-        (place.folder / name).mkdir()
-
-
-def _all(calls: Iterable[Callable[[], None]]) -> None:
-    """Each in a thread of its own, so that one drain does not wait for another."""
-    threads = [threading.Thread(target=call) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    (place.folder / "discovery").mkdir()
 
 
 @contextmanager

@@ -1,0 +1,274 @@
+"""The head of an endpoint: it runs the controller, tells the nodes what is wanted and the front where requests go.
+
+It stands beside the gateway, in a thread. What it has decided lies on the board, so that a new head goes on where the
+last one stopped. While the board cannot be reached, everything goes on as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from toolchain.errors import EndpointError, RecipeError, ScalellmError
+from toolchain.fleet.agent import TTL_S
+from toolchain.fleet.board import Board
+from toolchain.fleet.control import decide
+from toolchain.fleet.deployment import MOST
+from toolchain.fleet.meter import Meter
+from toolchain.fleet.pricing import priced
+from toolchain.fleet.rounds import Decision, Event, Memory, Wish
+from toolchain.fleet.scaling import Scale
+from toolchain.fleet.sight import READY, NodeSeen, Placement
+from toolchain.fleet.traffic import Course, Lane, Traffic
+from toolchain.progress import Progress
+
+ROUND_S = 0.25
+EVENTS = "events.jsonl"
+_ANSWER_S = 600.0
+"""How long an answer stays on the board."""
+
+Version = Mapping[str, Any]
+"""What a node must know to run it, and its ``version``, a number; one of the board's ``spec``."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a head works with."""
+
+    board: Board
+    traffic: Traffic
+    open_lane: Callable[[Version], Lane]
+    """Raises ScalellmError for a version that cannot be put before clients."""
+    events: Path
+    progress: Progress
+    meter: Meter | None = None
+
+
+class Head:
+    """``run`` in a thread of its own. ``asked`` is set when somebody asks for the end through the board."""
+
+    def __init__(self, spec: Mapping[str, Any], around: Surroundings) -> None:
+        """``spec``: the endpoint as wanted, with one version at least; see ``first_spec``."""
+        self.asked = threading.Event()
+        self._spec = dict(spec)
+        self._around = around
+        self._lanes = {int(one["version"]): around.open_lane(one) for one in spec["versions"]}
+        lane = self._lanes[int(spec["current"])]
+        around.traffic.course = Course({lane.name: lane}, lane.name, coming=True, start_s=float(spec["start_seconds"]))
+        self._memory: Memory | None = None
+        self._given: dict[str, set[str]] = {}
+        """Node -> replicas that it was given and that may still answer."""
+        self._begun_s = time.monotonic()
+        self._begun = False
+        """Whether a replica was ready at any time."""
+        self._reached = True
+        self.failure: Exception | None = None
+        """Why it has ended by itself."""
+
+    @property
+    def spec(self) -> Mapping[str, Any]:
+        """As it is wanted just now."""
+        return self._spec
+
+    def run(self, until: threading.Event) -> None:
+        """Rounds until ``until`` is set."""
+        while not until.is_set():
+            try:
+                self.round()
+                self._found()
+            except EndpointError as error:
+                self._lost(error)
+            except Exception as error:
+                self.failure = error
+                self.asked.set()
+                return
+            until.wait(ROUND_S)
+
+    def round(self) -> Decision | None:
+        """One look at the board, one decision; None while the nodes of an earlier head may still be heard of. Raises
+        EndpointError where the board cannot be reached.
+        """
+        board = self._around.board
+        for key, ask in board.read("asks/").items():
+            self._answer(key, ask)
+        nodes = priced(board.read("nodes/"), self._spec["prices"])
+        if self._around.meter is not None:
+            self._around.meter.tick(nodes, self._given)
+        memory = self._remembered(nodes)
+        if memory is None:
+            return None
+        seen = list(_seen(nodes))
+        load = self._around.traffic.load()
+        if not self._begun:  # nobody can have asked
+            load = replace(load, idle_s=0.0)
+        found = decide(self._wish(), seen, load, time.monotonic(), memory)
+        self._memory = found.memory
+        self._begun = self._begun or bool(found.memory.ready)
+        self._spec |= {"current": found.current, "next": found.next, "desired": found.desired}
+        self._write(found.events)
+        self._forget(found, seen)
+        self._steer(found, seen)
+        self._tell(found)
+        return found
+
+    # what is wanted
+
+    def _wish(self) -> Wish:
+        spec = self._spec
+        least, most, unavailable = spec["min"], spec["max"], spec["max_unavailable"]
+        return Wish(
+            Scale(least, most, spec["target_tokens_in_flight"], spec["idle_seconds"]),
+            current=spec["current"],
+            next=spec["next"],
+            max_unavailable=int(least == most) if unavailable is None else unavailable,
+            start_s=spec["start_seconds"],
+            budget=spec["max_price_per_hour"],
+        )
+
+    def _remembered(self, nodes: Mapping[str, Any]) -> Memory | None:
+        """Of the last round; of an earlier head, what it had assigned, once its nodes have had time to be seen."""
+        if self._memory is not None:
+            return self._memory
+        assigned = self._around.board.read("assigned/")
+        now = time.monotonic()
+        placed = [
+            Placement(one["name"], key.removeprefix("assigned/"), int(one["version"]), now)
+            for key, wanted in assigned.items()
+            for one in wanted["replicas"]
+        ]
+        missing = {f"nodes/{one.node}" for one in placed} - nodes.keys()
+        return None if missing and now - self._begun_s < TTL_S else Memory.restored(placed, now)
+
+    def _forget(self, found: Decision, seen: Iterable[NodeSeen]) -> None:
+        """Versions that are not wanted, and of which nothing runs; names of replicas that have ended."""
+        known = {found.current, found.next} | {told.version for node in seen for told in node.replicas}
+        self._spec["versions"] = [one for one in self._spec["versions"] if one["version"] in known]
+        self._lanes = {version: lane for version, lane in self._lanes.items() if version in known}
+        for node in seen:
+            told = {one.name for one in node.replicas}
+            wanted = {one.name for one in found.assigned[node.name]}
+            self._given[node.name] = (self._given.get(node.name, set()) & told) | wanted
+
+    # what is told
+
+    def _steer(self, found: Decision, seen: Iterable[NodeSeen]) -> None:
+        """New requests go to the lane of the version that is to stay, once it takes as many as any other."""
+        ready: dict[str, int] = {}
+        coming = False
+        for node in seen:
+            for told in node.replicas:
+                if told.state == READY and told.version in self._lanes:
+                    name = self._lanes[told.version].name
+                    ready[name] = ready.get(name, 0) + 1
+        coming = len(found.memory.ready) < len(found.memory.placed)
+        stays = found.next if found.next is not None and found.memory.proven else found.current
+        lane = self._lanes[stays]
+        target = max(ready, key=lambda name: (ready[name], name == lane.name), default=lane.name)
+        lanes = {one.name: one for one in self._lanes.values()}
+        lanes[lane.name] = lane  # of two versions that share it, the one that is to stay
+        asleep = not found.memory.placed and found.desired == 0
+        self._around.traffic.course = Course(lanes, target, found.desired, coming, asleep, self._spec["start_seconds"])
+
+    def _tell(self, found: Decision) -> None:
+        """The nodes, by way of the board: what is new there, or has been lost."""
+        board = self._around.board
+        wanted = {
+            f"assigned/{node}": {"replicas": [{"name": one.name, "version": one.version} for one in placed]}
+            for node, placed in found.assigned.items()
+        }
+        there = {**board.read("assigned/"), **board.read("spec")}
+        for key in there.keys() - {"spec"}:
+            wanted.setdefault(key, {"replicas": []})  # of a node that is away: when it is back, it begins anew
+        for key, value in {**wanted, "spec": self._spec}.items():
+            if there.get(key) != json.loads(json.dumps(value)):
+                board.put(key, value)
+
+    def _write(self, events: Iterable[Event]) -> None:
+        lines = [json.dumps({"time": round(time.time(), 3), **vars(event)}) for event in events]
+        if lines:
+            with self._around.events.open("a", encoding="utf-8") as file:
+                file.write("".join(f"{line}\n" for line in lines))
+
+    # what is asked
+
+    def _answer(self, key: str, ask: Mapping[str, Any]) -> None:
+        try:
+            answer = {"error": "", **self._take(ask)}
+        except ScalellmError as error:
+            answer = {"error": error.message, "hint": error.hint, "code": error.exit_code}
+        except (KeyError, TypeError, ValueError) as error:
+            answer = {"error": f"this was asked by another scalellm: {error!r}", "hint": "", "code": 2}
+        self._around.board.put(key.replace("asks/", "answers/", 1), answer, ttl_s=_ANSWER_S)
+        self._around.board.remove(key)
+
+    def _take(self, ask: Mapping[str, Any]) -> dict[str, Any]:
+        what = ask.get("ask")
+        if what == "scale":
+            return self._scale(ask)
+        if what == "update":
+            return self._update(ask)
+        if what == "down":
+            self.asked.set()
+            return {}
+        raise RecipeError(f"{what}: not something that this endpoint can be asked")
+
+    def _scale(self, ask: Mapping[str, Any]) -> dict[str, Any]:
+        least, most = (self._spec[name] if ask.get(name) is None else int(ask[name]) for name in ("min", "max"))
+        if ask.get("max") is None and ask.get("min") is not None:
+            most = max(most, least)
+        if not (0 <= least <= most and 1 <= most <= MOST):
+            raise RecipeError(f"min {least}, max {most}: wanted is 0 <= min <= max, and max from 1 to {MOST}")
+        self._spec |= {"min": least, "max": most}
+        self._write([Event("asked", f"min {least}, max {most}")])
+        return {"min": least, "max": most}
+
+    def _update(self, ask: Mapping[str, Any]) -> dict[str, Any]:
+        if self._spec["next"] is not None:
+            raise RecipeError(
+                f"version {self._spec['next']} is being rolled out; one at a time", hint="scalellm deploy status"
+            )
+        number = int(self._spec["last"]) + 1
+        version = {**ask["version"], "version": number}
+        self._lanes[number] = self._around.open_lane(version)
+        self._spec |= {**ask["scaling"], "next": number, "last": number}
+        self._spec["versions"] = [*self._spec["versions"], version]
+        self._write([Event("update", f"version {number} is to replace version {self._spec['current']}")])
+        return {"version": number}
+
+    # whether it is reached
+
+    def _lost(self, error: EndpointError) -> None:
+        if self._reached:
+            self._around.progress.note(f"{error.message}; what runs goes on")
+        self._reached = False
+
+    def _found(self) -> None:
+        if not self._reached:
+            self._around.progress.note("the endpoint's board is reached again")
+        self._reached = True
+
+
+def first_spec(endpoint: str, version: Version, scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """An endpoint with its first version. ``scaling``: see ``Deployment.scaling``."""
+    return {
+        "endpoint": endpoint,
+        "versions": [{**version, "version": 1}],
+        "current": 1,
+        "next": None,
+        "last": 1,
+        "desired": 0,
+        **scaling,
+    }
+
+
+def _seen(nodes: Mapping[str, Mapping[str, Any]]) -> Iterator[NodeSeen]:
+    """What the nodes say of themselves; one that says nonsense is not seen."""
+    for key, told in nodes.items():
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            yield NodeSeen.of(key.removeprefix("nodes/"), told)

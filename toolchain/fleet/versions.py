@@ -1,0 +1,102 @@
+"""A version of an endpoint: the repositories that its replicas run, as the board names them, kept as they are.
+
+On one machine. The machine that clients ask needs a repository of each version too, for its tokenizer and its limits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from toolchain import accuracy, workspace
+from toolchain.admission import ENGINE
+from toolchain.engine import Passport
+from toolchain.errors import ArtifactError
+from toolchain.fleet import membership
+from toolchain.fleet.deployment import Deployment
+from toolchain.fleet.texts import Parameters, Texts
+from toolchain.fleet.traffic import Lane
+from toolchain.gateway.settings import Model
+from toolchain.progress import Progress
+from toolchain.repository import Repository
+
+ModelOf = Callable[[Path], Model]
+"""What a gateway must know of the model in a repository."""
+
+
+def version_of(
+    deployment: Deployment, repositories: Sequence[Path], folder: Path, progress: Progress, *, allow_unverified: bool
+) -> dict[str, Any]:
+    """What these repositories are on the board; they are kept in ``folder`` as they are now. Raises ArtifactError."""
+    passports = [membership.checked_passport(one, "") for one in repositories]
+    identity = membership.identity(passports[0])
+    for repository in repositories[1:]:
+        membership.checked_passport(repository, identity)
+    _note_limits(passports[0], progress)
+    return {
+        "recipes": list(deployment.recipes),
+        "repositories": [str(kept(one, folder)) for one in repositories],
+        "identity": identity,
+        "lane": f"{deployment.endpoint}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}",
+        "drain_seconds": deployment.drain_seconds,
+        "start_seconds": deployment.replicas.start_seconds,
+        "conformance": deployment.conformance,
+        "allow_unverified": allow_unverified,
+    }
+
+
+def provided(version: Mapping[str, Any], replica: str) -> Path:
+    """The repository of a replica on this machine: they take them in turn."""
+    repositories = version["repositories"]
+    return Path(repositories[(int(replica[1:]) - 1) % len(repositories)])
+
+
+def _note_limits(passport: Passport, progress: Progress) -> None:
+    limits = passport.limits
+    if limits.max_input_len < limits.max_seq_len - 1:
+        most = limits.max_input_len
+        progress.note(f"note: an answer is continued elsewhere up to {most} tokens with its prompt (max_input_len)")
+
+
+def kept(repository: Path, folder: Path) -> Path:
+    """A copy of hard links that stays what it is when the recipe is built again, its verdict beside it. Raises
+    ArtifactError.
+    """
+    stamp = workspace.require(repository, "repository")
+    content = workspace.key_of({path: one.sha256 for path, one in stamp.files.items()})
+    place = folder / content[:16] / "repository"
+    verdict = accuracy.file_of(repository, accuracy.digest_of(stamp.files, ENGINE))
+    try:
+        if not place.is_dir():
+            draft = place.with_name("draft")
+            shutil.rmtree(draft, ignore_errors=True)
+            shutil.copytree(repository, draft, copy_function=_link)
+            draft.rename(place)
+        if verdict.is_file():
+            shutil.copy2(verdict, place.parent / verdict.name)
+    except OSError as error:
+        raise ArtifactError(f"{place}: cannot be written: {error.strerror}") from error
+    return place
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk
+        shutil.copy2(source, target)
+
+
+def lane_of(version: Mapping[str, Any], model_of: ModelOf | None) -> Lane:
+    """How clients' requests are put to a version. Raises ScalellmError."""
+    repository = Path(version["repositories"][0])
+    parameters = Repository.open(repository).parameters
+    return Lane(
+        str(version["lane"]),
+        Texts(repository / membership.TOKENIZER, Parameters.of(parameters)),
+        int(parameters["bls_max_concurrent_requests"]),
+        model_of(repository) if model_of is not None else None,
+    )
