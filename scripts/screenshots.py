@@ -6,7 +6,8 @@
 
 The pictures are of the page and not of a model, hence answers by heart; everything else in them is as it was measured.
 Some readers ask all the while, so that the curves are those of real requests. Gives ``page-light.png`` and
-``page-dark.png`` (1280 x 800), ``page-phone-chat.png`` and ``page-phone-endpoint.png`` (390 x 844), in 256 colors.
+``page-dark.png`` (1280 x 800), ``page-phone-chat.png`` and ``page-phone-endpoint.png`` (390 x 844), in 256 colors. Of
+an endpoint over several nodes (``scalellm deploy``): ``fleet-light.png``, ``fleet-dark.png`` and ``fleet-phone.png``.
 Needs the ``dev`` extra and a Chromium (``make browser``). The font is Inter where it is there (Debian: fonts-inter).
 """
 
@@ -115,6 +116,11 @@ def model_at(url: str) -> str:
         return str(json.load(answer)["data"][0]["id"])
 
 
+def is_fleet(url: str) -> bool:
+    with urllib.request.urlopen(f"{url}status") as answer:
+        return json.load(answer)["fleet"] is not None
+
+
 def talk(page: Page) -> None:
     """The first conversation, answered greedily."""
     page.get_by_role("button", name="Parameters").click()
@@ -162,6 +168,11 @@ def take(url: str, out: Path, seconds: float) -> None:
     with readers(url), sync_playwright() as playwright:
         time.sleep(seconds)
         browser = playwright.chromium.launch(executable_path=program, args=arguments)
+        if is_fleet(url):
+            for scheme in ("light", "dark"):
+                save(shot(browser, url, scheme, (1440, 900), "Fleet")[0], out / f"fleet-{scheme}.png")
+            save(shot(browser, url, "light", (390, 844), "Fleet")[0], out / "fleet-phone.png")
+            return browser.close()
         for scheme in ("light", "dark"):
             save(shot(browser, url, scheme, (1280, 800))[0], out / f"page-{scheme}.png")
         chat, endpoint = shot(browser, url, "light", (390, 844), "Chat", "Endpoint")

@@ -41,7 +41,9 @@ class Shown:
         self.board = FolderBoard(folder / "board")
         self.meter = Meter(Ledger.open(folder / FILE, "parrot"))
         self.view = View(self.board, self.meter, folder / EVENTS)
-        self.board.put("spec", {"current": 1, "next": None, "min": 2, "max": 6, "max_price_per_hour": 3.0})
+        self.board.put(
+            "spec", {"current": 1, "next": None, "min": 2, "max": 6, "desired": 4, "max_price_per_hour": 3.0}
+        )
 
     def node(self, name: str, *replicas: Mapping[str, Any], **other: Any) -> None:
         """What this node says from now on."""

@@ -99,6 +99,7 @@ class View:
             ready=sum(one.state == READY for node in nodes for one in node.replicas),
             min=spec.get("min"),
             max=spec.get("max"),
+            desired=spec.get("desired"),
             version=spec.get("current"),
             next_version=spec.get("next"),
             tokens_per_s=round(sum(rates.values()), 1),

@@ -75,6 +75,8 @@ class FleetStatus(BaseModel):
     """Replicas that take requests."""
     min: int | None
     max: int | None
+    desired: int | None
+    """How many are wanted just now."""
     version: int | None
     """That is wanted."""
     next_version: int | None

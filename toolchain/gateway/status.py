@@ -122,7 +122,7 @@ def _of_fleet(fleet: FleetStatus) -> list[Replica]:
             why_down=None if one.state == "ready" else one.why or one.state,
             in_flight=one.running,
             restarts=one.restarts,
-            kv_blocks=one.kv_blocks,
+            kv_blocks=one.kv_blocks if one.state == "ready" else None,
             drafts=one.drafts,
         )
         for node, one in fleet.replicas

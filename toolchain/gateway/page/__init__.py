@@ -1,4 +1,4 @@
-"""The page at ``/``: a chat with the model, and how the endpoint is. Plain files, served as they are; no build step.
+"""The page at ``/``: a chat with the model, how the endpoint is, its nodes. Plain files as they are; no build step.
 
 The list of files is fixed and they are read once, so no request names a file. They come with a Content-Security-Policy
 that allows scripts, styles and requests of this very server only. What they show they ask for as any client does, with
@@ -28,6 +28,7 @@ FILES = (
     "api.js",
     "chat.js",
     "dom.js",
+    "fleet.js",
     "main.js",
     "parameters.js",
     "snippets.js",

@@ -92,3 +92,28 @@ export function confirm(button, name) {
   button.replaceChildren(icon("check"));
   setTimeout(() => button.replaceChildren(icon(name)), 1500);
 }
+
+const DOLLARS = new Intl.NumberFormat("en-US", { style: "currency", currency: "USD" });
+const CENTS = new Intl.NumberFormat("en-US", { style: "currency", currency: "USD", maximumSignificantDigits: 2 });
+
+/** $12.50, $0.44, $0.0042 */
+export function dollars(value) {
+  return (value && value < 0.1 ? CENTS : DOLLARS).format(value);
+}
+
+/** Seconds ago -> "now", "12 s", "3 min", "2 h", "4 d" */
+export function passed(seconds) {
+  if (seconds < 2) return "now";
+  const [size, unit] = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]].find(([one]) => seconds >= one);
+  return `${Math.floor(seconds / size)} ${unit}`;
+}
+
+/** A labelled bar; `part` of `whole`, which warns from the share `high` on. */
+export function bar(name, part, whole, words, high = 0.9) {
+  const share = whole ? Math.min(1, part / whole) : 0;
+  const fill = el("i", { class: share > high ? "high" : "" });
+  fill.style.width = `${(100 * share).toFixed(1)}%`;
+  return el("div", { class: "meter" },
+    el("span", {}, name), el("span", { class: "amount" }, words),
+    el("div", { class: "track", role: "meter", "aria-label": name, "aria-valuemin": "0", "aria-valuemax": String(whole), "aria-valuenow": String(part), "aria-valuetext": words }, fill));
+}

@@ -3,9 +3,10 @@
 import { ask, key } from "./api.js";
 import { setUpChat, suggest } from "./chat.js";
 import { el, find, icon, number } from "./dom.js";
+import { drawFleet } from "./fleet.js";
 import { setUpParameters } from "./parameters.js";
 import { setUpCode } from "./snippets.js";
-import { poll, setUpStatus, trouble } from "./status.js";
+import { asleep, poll, setUpStatus, trouble } from "./status.js";
 
 const IDEAS = ["Explain paged attention in two sentences.", "Write a Python function that reverses a list.", "What is the capital of France?"];
 
@@ -81,9 +82,11 @@ function onStatus(status, failure) {
   const words = trouble();
   const banner = find("banner");
   banner.hidden = !words && (failure === null || failure.status === 401);
-  if (words) banner.textContent = "No engine answers just now. A message waits a while for one to come back.";
+  if (words && asleep(status)) banner.textContent = "This endpoint sleeps. A message wakes it; the answer takes as long as an engine takes to start.";
+  else if (words) banner.textContent = "No engine answers just now. A message waits a while for one to come back.";
   else if (failure) banner.textContent = "The gateway does not answer. What was written here is kept.";
   if (status) facts(status);
+  if (status && !drawFleet(status) && document.body.dataset.view === "fleet") show("chat");
   if (status || failure.status === 401) loadModels();
 }
 

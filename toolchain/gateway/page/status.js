@@ -1,10 +1,11 @@
 // How the endpoint is: asks every two seconds while the page is seen, and draws it, section by section.
 
 import { ask } from "./api.js";
-import { duration, el, find, number, uptime } from "./dom.js";
+import { bar, duration, el, find, number, uptime } from "./dom.js";
 import { spark } from "./spark.js";
 
 const EVERY_MS = 2000;
+const MOST = 5; // replicas in the side column
 
 let last = null;
 let windowName = "last_minute";
@@ -43,10 +44,17 @@ export async function poll() {
 /** What is wrong just now, in a few words; empty where nothing is. */
 export function trouble() {
   if (!last || last.ready) return "";
+  if (asleep(last)) return "The endpoint sleeps; the request wakes it";
   return wasReady ? "The engine is restarting; the request waits for it" : "No engine is ready; the request waits for one";
 }
 
+/** An endpoint over several nodes that runs no replica while nobody asks. */
+export function asleep(status) {
+  return status.fleet !== null && status.fleet.min === 0 && !status.replicas.length;
+}
+
 function stateOf(status) {
+  if (asleep(status)) return ["asleep", "Asleep"];
   const up = status.replicas.filter((replica) => replica.ready).length;
   const all = status.replicas.length;
   if (!up) return wasReady ? ["restarting", "Restarting"] : ["restarting", "Not ready"];
@@ -111,18 +119,10 @@ function load(status) {
     bar("Queue", status.waiting, status.max_queue, queue)));
 }
 
-/** A labelled bar; `part` of `whole`. */
-function bar(name, part, whole, words) {
-  const share = whole ? Math.min(1, part / whole) : 0;
-  const fill = el("i", { class: share > 0.9 ? "high" : "" });
-  fill.style.width = `${(100 * share).toFixed(1)}%`;
-  return el("div", { class: "meter" },
-    el("span", {}, name), el("span", { class: "amount" }, words),
-    el("div", { class: "track", role: "meter", "aria-label": name, "aria-valuemin": "0", "aria-valuemax": String(whole), "aria-valuenow": String(part), "aria-valuetext": words }, fill));
-}
-
 function replicas(status) {
-  const list = status.replicas.map((replica) => {
+  const all = status.replicas.length;
+  const shown = all > MOST ? status.replicas.slice(0, MOST - 1) : status.replicas;
+  const list = shown.map((replica) => {
     const facts = [`${number(replica.in_flight)} in flight`];
     if (replica.restarts) facts.push(`${number(replica.restarts)} restart${replica.restarts > 1 ? "s" : ""}`);
     const blocks = replica.kv_blocks;
@@ -133,7 +133,9 @@ function replicas(status) {
       replica.ready ? null : el("p", { class: "why" }, replica.why_down),
       blocks && bar("KV cache", blocks.used, blocks.total, `${number(blocks.used)} of ${number(blocks.total)} blocks`));
   });
-  return section("replicas", list.length > 1 ? `Replicas · ${list.length}` : "Replica", el("ul", {}, ...list));
+  const more = all > shown.length && el("p", { class: "hint" }, `and ${number(all - shown.length)} more`);
+  const none = !all && el("p", { class: "hint" }, "None runs just now.");
+  return section("replicas", all === 1 ? "Replica" : `Replicas · ${number(all)}`, el("ul", {}, ...list), more, none);
 }
 
 const BACKENDS = { openvino: "OpenVINO", tensorrt_engine: "TensorRT-LLM engine", tensorrt_llmapi: "TensorRT-LLM, PyTorch" };
