@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -23,15 +24,17 @@ from tests.gateway.behind_gateway import Gateway, settings_for
 from toolchain import runner
 from toolchain.fleet.front import engines
 from toolchain.fleet.membership import TOKENIZER, checked_passport, write_card
+from toolchain.fleet.meter import Meter
 from toolchain.fleet.plane import Plane
 from toolchain.fleet.texts import Parameters, Texts
 from toolchain.fleet.worker import Spec
 from toolchain.gateway.logs import Log
 from toolchain.gateway.run import Listen, background
+from toolchain.ledger.book import FILE, Ledger
 from toolchain.repository import Repository
 from toolchain.servers.triton.locate import find_server
 from toolchain.servers.triton.ports import free_ports
-from toolchain.servers.triton.supervisor import Supervisor
+from toolchain.servers.triton.supervisor import Supervisor, status_file_of
 
 ENDPOINT = "parrot"
 
@@ -46,7 +49,18 @@ class Replica:
         self.triton = self._supervisor()
         url = f"http://127.0.0.1:{self.ports.http}"
         card, state = str(discovery.parent / "card"), str(work / "state.json")
-        self.spec = Spec(ENDPOINT, str(discovery), url, str(repository), card, 5.0, state=state)
+        self.spec = Spec(
+            ENDPOINT,
+            str(discovery),
+            url,
+            str(repository),
+            card,
+            5.0,
+            state=state,
+            replica=work.name,
+            metrics_url=f"http://127.0.0.1:{self.ports.metrics}/metrics",
+            status_file=str(status_file_of(work / "triton.log", self.ports.http)),
+        )
         self.worker: runner.Process | None = None
 
     def _supervisor(self) -> Supervisor:
@@ -68,9 +82,14 @@ class Replica:
         self.worker = runner.start(argv, log=self.work / "worker.log", cwd=ROOT)
 
     @property
-    def state(self) -> str:
+    def told(self) -> dict[str, Any]:
+        """What its worker says of itself."""
         file = Path(self.spec.state)
-        return json.loads(file.read_text())["state"] if file.exists() else ""
+        return json.loads(file.read_text()) if file.exists() else {"state": ""}
+
+    @property
+    def state(self) -> str:
+        return str(self.told["state"])
 
     def stub(self) -> int:
         """The process of the engine's Triton model."""
@@ -84,10 +103,10 @@ class Replica:
 
 
 class Endpoint:
-    """Two replicas and a gateway."""
+    """Two replicas, a gateway, and what it counts."""
 
-    def __init__(self, replicas: list[Replica], gateway: Gateway) -> None:
-        self.replicas, self.gateway = replicas, gateway
+    def __init__(self, replicas: list[Replica], gateway: Gateway, meter: Meter) -> None:
+        self.replicas, self.gateway, self.meter = replicas, gateway, meter
 
     def seen(self) -> list[str]:
         """The workers that take requests, as the gateway sees them."""
@@ -134,8 +153,11 @@ def endpoint(
         settings = replace(settings, model=model, timeouts=replace(settings.timeouts, patience_s=30))
         stream = io.StringIO()
         listen = Listen(port=port, predict_port=predict_port, grpc_port=grpc_port)
-        bound = stack.enter_context(background(settings, listen, log=Log(stream), engines=engines(plane, texts, 200)))
-        found = Endpoint(replicas, Gateway(bound, settings, stream))
+        meter = Meter(Ledger.open(work / FILE, ENDPOINT))
+        stack.callback(meter.close)
+        front = engines(plane, texts, 200, meter)
+        bound = stack.enter_context(background(settings, listen, log=Log(stream), engines=front))
+        found = Endpoint(replicas, Gateway(bound, settings, stream), meter)
         until(lambda: found.workers() == count, 60)
         until(lambda: len(found.seen()) == count, 60)
         yield found
