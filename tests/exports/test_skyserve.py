@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 
+from tests.exports import golden
 from tests.exports.conftest import FLAGS, Export
 from tests.exports.packages import DEPLOYMENT, push
 from toolchain import workspace
 from toolchain.device import devices
 from toolchain.errors import PlanError
+from toolchain.exports.skyserve import KEYS
 
 PYTHON = os.environ.get("SCALELLM_SKY", "")
 needs_sky = pytest.mark.skipif(not PYTHON, reason="no SkyPilot: make test-sky")
 SKY = FLAGS["skyserve"]
 TWO = DEPLOYMENT.replace("[rtx4090]", "[rtx4090, l4]")
-_COLUMNS = (
-    "InstanceType,AcceleratorName,AcceleratorCount,vCPUs,MemoryGiB,Price,Region,GpuInfo,SpotPrice,AvailabilityZone"
-)
+_COLUMNS = "InstanceType,AcceleratorName,AcceleratorCount,vCPUs,MemoryGiB,Price,Region,GpuInfo,SpotPrice"
 
 
 def service(export: Export, text: str = DEPLOYMENT, *flags: object) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def service(export: Export, text: str = DEPLOYMENT, *flags: object) -> dict[str,
     return found
 
 
-def read(home: Path, text: str, command: list[str]) -> Any:
+def read(home: Path, text: str, command: list[str], *secrets: str) -> Any:
     """What SkyServe makes of it, offline: with a catalog of made-up prices for the two clouds that have the card."""
     folder = home / ".sky" / "catalogs" / "v8"
     for name in ("common", "runpod", "vast"):
@@ -38,12 +38,12 @@ def read(home: Path, text: str, command: list[str]) -> Any:
     rows = [f'{one.skypilot},"{list(one.skypilot_clouds)}"' for one in devices().values() if one.skypilot]
     (folder / "common" / "accelerators.csv").write_text("\n".join(["AcceleratorName,Clouds", *rows]) + "\n")
     (folder / "common" / "metadata.csv").write_text("GPU,MemoryGB,Manufacturer\n")
-    for name, region in (("runpod", "US"), ("vast", "NL")):
-        row = f'1x_RTX4090,RTX4090,1.0,16,64,0.69,{region},"{{}}",0.35,'
-        (folder / name / "vms.csv").write_text(f"{_COLUMNS}\n{row}\n")
+    for name, columns, end in (("runpod", f"{_COLUMNS},AvailabilityZone", ",US-GA-1"), ("vast", _COLUMNS, "")):
+        row = f'1x_RTX4090,RTX4090,1.0,16,64,0.69,US,"{{}}",0.35{end}'
+        (folder / name / "vms.csv").write_text(f"{columns}\n{row}\n")
     done = subprocess.run(
         [PYTHON, str(Path(__file__).with_name("sky_service_reader.py"))],
-        input=json.dumps({"service": text, "secrets": {"SCALELLM_GATEWAY_KEYS": "{}"}, "command": command}),
+        input=json.dumps({"service": text, "secrets": dict.fromkeys(secrets, "{}"), "command": command}),
         capture_output=True,
         text=True,
         timeout=240,
@@ -60,7 +60,7 @@ def test_skyserve_reads_the_service_as_it_is_meant(export: Export, tmp_path: Pat
     up = next(line for line in found["README.md"].splitlines() if "sky serve up" in line)
     command = ["sky", "serve", "up", str(tmp_path / "out" / "service.yaml"), "-n", "my-llama"]
     assert all(word in up for word in (*command[:3], *command[4:]))
-    told = read(tmp_path / "sky-home", found["service.yaml"], [*command, "--secret", "SCALELLM_GATEWAY_KEYS={}"])
+    told = read(tmp_path / "sky-home", found["service.yaml"], [*command, "--secret", f"{KEYS}={{}}"], KEYS)
     assert told["version"] == "0.14.1"
     assert sorted(one["cloud"] for one in told["resources"]) == ["RunPod", "Vast"]
     for one in told["resources"]:
@@ -72,7 +72,20 @@ def test_skyserve_reads_the_service_as_it_is_meant(export: Export, tmp_path: Pat
     assert told["fallback"] is True
     assert told["placer"] == ["RunPod", "Vast"]
     assert (told["policy"], told["stream_timeout_s"]) == ("least_load", 1800)
-    assert told["secrets"] == ["SCALELLM_GATEWAY_KEYS"]
+    assert told["secrets"] == [KEYS]
+
+
+@needs_sky
+def test_skyserve_reads_a_service_of_several_devices(tmp_path: Path) -> None:
+    text = golden.files("skyserve")["service.yaml"]
+    secrets = (KEYS, "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    told = read(tmp_path / "sky-home", text, ["sky", "serve", "up", "service.yaml"], *secrets)
+    rented = sorted({(one["cloud"], *one["accelerators"].items()) for one in told["resources"]})
+    assert rented == [
+        *((cloud, ("A100-80GB", 2)) for cloud in ("AWS", "Azure", "GCP", "RunPod")),
+        *((cloud, ("RTX4090", 1)) for cloud in ("RunPod", "Vast")),
+    ]
+    assert (told["placer"], told["fallback"], told["secrets"]) == (None, True, sorted(secrets))
 
 
 def test_machines_are_spot_on_every_cloud_that_rents_the_card_so(export: Export) -> None:
