@@ -214,3 +214,12 @@ def test_one_deployment_becomes_exactly_these_files(format_: str) -> None:
     folder = golden.HERE / format_
     there = {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
     assert golden.files(format_) == there, "if this is what you meant: python -m tests.exports.golden"
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_what_another_system_is_not_told_stands_in_the_readme(export: Export, format_: str) -> None:
+    text = DEPLOYMENT + "conformance: true\nports: {grpc: 9001}\n"
+    told = export(format_, text, *FLAGS[format_])["README.md"]
+    assert "- conformance: " in told
+    assert "- ports.grpc: " in told
+    assert "- ports.grpc: " not in export(format_, DEPLOYMENT, *FLAGS[format_], "--force")["README.md"]

@@ -47,6 +47,7 @@ def notes(wanted: Wanted) -> Iterator[str]:
     """What the deployment asks for and compose does not do."""
     if wanted.most > wanted.least:
         yield f"replicas.max: compose does not scale; it keeps {wanted.least}"
+    yield from wanted.left_out
     if wanted.deployment.max_price_per_hour is not None:
         yield "max_price_per_hour: compose rents no machines"
 

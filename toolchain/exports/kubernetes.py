@@ -67,6 +67,7 @@ def notes(wanted: Wanted) -> Iterator[str]:
                 f"{kind.label}: its share of replicas.min is 0, and a HorizontalPodAutoscaler does not begin at zero: "
                 f"kubectl scale deployment {_name(wanted, kind)} --replicas 1"
             )
+    yield from wanted.left_out
     if wanted.deployment.max_price_per_hour is not None:
         yield "max_price_per_hour: Kubernetes knows no prices; the most replicas of each device are what it costs"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import datetime
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ class Offer:
 
     label: str
     kind: str
-    """``"on-demand"`` or ``"spot"``."""
+    """``"on-demand"``, ``"spot"``, or ``"yours"``: the deployment's own price."""
     usd_per_hour: float
     """Of the whole machine, with all GPUs of a replica; from our table, its GPUs alone."""
     vendor: str
@@ -38,12 +38,12 @@ class Offer:
 
 
 def offers(wanted: Wanted, catalogs: Path = CATALOGS) -> list[Offer]:
-    """The cheapest of each kind of device, spot and on demand, as far as a price is known."""
+    """For each kind of device the price that the deployment names, else the cheapest known, spot and on demand."""
     folder = catalogs.expanduser()
     found = []
     for kind in wanted.kinds:
-        rows = [*_catalog(kind, folder)] or [*_table(kind)]
-        for how in _KINDS:
+        rows = [*_own(wanted, kind)] or [*_catalog(kind, folder)] or [*_table(kind)]
+        for how in ("yours", *_KINDS):
             fitting = [row for row in rows if row.kind == how]
             if fitting:
                 found.append(min(fitting, key=lambda row: row.usd_per_hour))
@@ -53,7 +53,7 @@ def offers(wanted: Wanted, catalogs: Path = CATALOGS) -> list[Offer]:
 def check_budget(wanted: Wanted, known: list[Offer]) -> None:
     """Raises PlanError where even the cheapest known offers would cost more than ``max_price_per_hour``."""
     budget = wanted.deployment.max_price_per_hour
-    rented = [one for one in known if wanted.spot or one.kind == "on-demand"]
+    rented = [one for one in known if wanted.spot or one.kind != "spot"]
     if budget is None or {one.label for one in rented} != {kind.label for kind in wanted.kinds}:
         return
     least = {kind.label: min(one.usd_per_hour for one in rented if one.label == kind.label) for kind in wanted.kinds}
@@ -64,6 +64,15 @@ def check_budget(wanted: Wanted, known: list[Offer]) -> None:
             f"to {total:.2f} dollars an hour",
             hint=f"max_price_per_hour: {total:.2f}   # or fewer replicas, or another device",
         )
+
+
+def _own(wanted: Wanted, kind: Kind) -> Iterator[Offer]:
+    """``prices`` of the deployment: by GPU and hour, of a device, or of one at a provider."""
+    own: Mapping[str, float] = getattr(wanted.deployment, "prices", {})
+    for cloud in ("", *kind.device.skypilot_clouds):
+        name = f"{cloud.lower()}/{kind.device.name}" if cloud else kind.device.name
+        if name in own:
+            yield Offer(kind.label, "yours", own[name] * max(1, kind.gpus), cloud, "", "", f"prices: {name}")
 
 
 def _catalog(kind: Kind, folder: Path) -> Iterator[Offer]:

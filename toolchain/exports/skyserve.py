@@ -49,8 +49,7 @@ def notes(wanted: Wanted) -> Iterator[str]:
         "drain_seconds: SkyServe leaves a replica that it no longer needs 120 s; one that a cloud takes away gets no "
         "time (SkyPilot 0.14.1 acts on a spot machine's notice on Kubernetes alone)"
     )
-    if getattr(wanted.deployment.replicas, "target_tokens_in_flight", None) is not None:
-        yield "target_tokens_in_flight: SkyServe scales on requests per second alone (--target-qps)"
+    yield from wanted.left_out
     if wanted.deployment.ports.predict:
         yield "ports.predict: SkyServe has one port, OpenAI's API"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +91,17 @@ class Wanted:
     def most(self) -> int:
         return sum(kind.most for kind in self.kinds)
 
+    @property
+    def left_out(self) -> Iterator[str]:
+        """What the deployment's file says and no other system is told."""
+        deployment = self.deployment
+        if deployment.conformance:
+            yield "conformance: nobody asks the suite before a replica takes requests; scalellm conformance URL asks it"
+        if "grpc" in deployment.ports.model_fields_set:
+            yield "ports.grpc: KServe's doors are those of scalellm deploy alone"
+        if "target_tokens_in_flight" in deployment.replicas.model_fields_set:
+            yield "replicas.target_tokens_in_flight: nobody else counts tokens in flight"
+
 
 @dataclass(frozen=True)
 class Packaged:
@@ -128,7 +139,7 @@ def kinds_of(deployment: Deployment, packaged: Mapping[str, Packaged], images: M
     """
     named = list(dict.fromkeys(deployment.recipes))
     kinds = [device(str(packaged[recipe].passport["device"])) for recipe in named]
-    most = deployment.replicas.max or deployment.replicas.min
+    most = deployment.replicas.max or max(1, deployment.replicas.min)
     found = []
     for recipe, of in zip(named, kinds, strict=True):
         one = packaged[recipe]
