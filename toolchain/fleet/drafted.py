@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -113,7 +114,8 @@ class DraftedFlow:
             self._tell(UpstreamError(f"{type(error).__name__}: {error}"))
 
     def _tell(self, event: Any) -> None:
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+        with suppress(RuntimeError):  # the loop has ended, and whoever listened with it
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
 
 def _arrays(inputs: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:

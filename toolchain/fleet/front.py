@@ -207,8 +207,9 @@ class Fleet:
                 if refused := wire.refused(item):
                     raise _refusal(refused)
                 seen.see(item)
+                answer.metrics.update(wire.metrics_of(item))
                 if item.get("token_ids"):
-                    yield answer.push(item["token_ids"], item.get("log_probs"), wire.metrics_of(item))
+                    yield answer.push(item["token_ids"], item.get("log_probs"))
                 if item.get("finish_reason") or answer.stopped:
                     yield answer.finish()
                     return

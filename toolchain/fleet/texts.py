@@ -138,7 +138,8 @@ class TextAnswer:
         self._answers, self._ask, self.index = answers, ask, index
         self._streaming, self._before = streaming, before
         self._logs_sum = 0.0
-        self._metrics: Event = {}
+        self.metrics: Event = {}
+        """What its engine last said of drafts, cache and times."""
         self.ids: list[int] = []
         """So far."""
 
@@ -147,10 +148,9 @@ class TextAnswer:
         """Whether a stop word has come: what follows is not part of the answer."""
         return bool(self._answers.all_stopped)
 
-    def push(self, ids: Sequence[int], logs: Sequence[float] | None, metrics: Event | None = None) -> Event:
+    def push(self, ids: Sequence[int], logs: Sequence[float] | None) -> Event:
         """The event that these ids make; empty where the answer is wanted as a whole."""
         self.ids.extend(ids)
-        self._metrics = metrics or self._metrics
         self._push(ids, logs)
         return self._event({"num_output_tokens": len(self.ids)}) if self._streaming else {}
 
@@ -186,7 +186,7 @@ class TextAnswer:
             "sequence_index": self.index,
             "num_input_tokens": len(self._ask.ids),
             **{name: array.reshape(-1).tolist() for name, array in tensors.items()},
-            **self._metrics,
+            **self.metrics,
             **more,
         }
 
