@@ -13,12 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.e2e.parrot import SENTENCES, write_parrot
+from tests.e2e.parrot import EOS, SENTENCES, write_parrot
 from toolchain import accuracy
 from toolchain.endpoint import Endpoint
 from toolchain.engine import Engine
+from toolchain.errors import RejectedError
 from toolchain.pipeline import Job, verifying
+from toolchain.pipeline.greedy import Asked, verify_greedy
+from toolchain.pipeline.tasks import written
 from toolchain.progress import Silent
+from toolchain.quality.tasks import Writing, cut
+from toolchain.quantizers.samples import open_tokenizer
 from toolchain.recipe import parse_recipe
 from toolchain.servers.triton.locate import find_server
 from toolchain.servers.triton.ports import free_ports
@@ -92,6 +97,39 @@ def test_the_report_is_what_transformers_say_of_the_same_tokens(job: Job, endpoi
             logits = theirs(ids).logits[0, len(one["prompt"]) - 1 : -1].log_softmax(-1)
         own = logits.gather(1, ids[0, len(one["prompt"]) :, None])[:, 0]
         torch.testing.assert_close(torch.tensor(one["log_probs"]), own.float(), atol=0.3, rtol=0.1)
+
+
+def test_how_far_the_engine_goes_with_the_unquantized_model_is_what_both_say_by_themselves(
+    job: Job, endpoint: Endpoint
+) -> None:
+    """Each writes its own answer to the same chat prompts; the report is right about their first difference."""
+    asked = Asked(text="builtin", samples=3, tokens=80, count=10)
+    found = verify_greedy(job, asked, endpoint)
+    assert found.file.name == "greedy-endpoint.json"
+    theirs = AutoModelForCausalLM.from_pretrained(job.source, dtype=torch.float32).eval()
+    assert len(found.report["answers"]) == 3
+    for one in found.report["answers"]:
+        ids = torch.tensor([one["prompt"]])
+        made = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
+        own = made[0, ids.shape[1] :].tolist()
+        same = [a == b for a, b in zip([*one["tokens"], *([EOS] if one["ended"] else [])], own, strict=False)]
+        assert one["leading"]["engine"] == (same.index(False) if False in same else len(same))
+    lengths = [one["leading"]["engine"] for one in found.report["answers"]]
+    assert found.report["models"]["engine"]["agreement_length"]["value"] == pytest.approx(sum(lengths) / 3)
+
+
+def test_a_task_s_answers_come_from_the_engine_up_to_their_ends(job: Job, endpoint: Endpoint) -> None:
+    """What the lm-evaluation-harness is told, with a question that fits and one that loses its beginning."""
+    tokenizer = open_tokenizer(Path(job.source))
+    begin = "Count with me: one two three"
+    asked = Writing(begin, (" seven",), 40, {})
+    assert cut(written(endpoint, tokenizer, asked, job.plan.limits), asked.until) == " four five six"
+    long = Writing("word " * 300 + begin, (" seven",), 40, {})
+    with pytest.raises(RejectedError):
+        list(endpoint.generate(long.text, max_tokens=40, stream=False))
+    assert isinstance(written(endpoint, tokenizer, long, job.plan.limits), str)
+    sampled = Writing(begin, (), 8, {"temperature": 0.7, "top_p": 1.0})
+    assert written(endpoint, tokenizer, sampled, job.plan.limits).startswith(" ")
 
 
 def _verdict(job: Job) -> accuracy.Verdict | None:

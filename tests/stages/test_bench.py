@@ -72,7 +72,7 @@ def test_drafts_are_told_of_an_engine_that_drafts_and_no_other_is_asked_for_them
     assert run.summary()["draft_acceptance"] == (0.5 if told else None)
     assert [bool(body.get("return_perf_metrics")) for body in server.bodies] == [True, *[told] * 4]
     columns, rows = tables([report])[0].columns, tables([report])[0].table_rows
-    assert ("drafts accepted" in columns, rows[0][-1] == "50%") == (told, told)
+    assert ("drafts accepted" in columns, rows[0][-1] == "50 %") == (told, told)
 
 
 def test_the_same_measurement_twice_has_the_same_conditions(folder: Path) -> None:

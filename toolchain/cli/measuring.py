@@ -247,7 +247,7 @@ def _cells(found: dict[str, float] | None) -> list[str]:
 def _rates(found: dict[str, Any]) -> str:
     failed = f", {found['failed']} FAILED" if found["failed"] else ""
     kept = found["draft_acceptance"]
-    drafts = "" if kept is None else f", {kept:.0%} of drafted tokens accepted"
+    drafts = "" if kept is None else f", {100 * kept:.0f} % of drafted tokens accepted"
     return f"{found['tokens_per_s']:.1f} tokens/s, {found['requests_per_s']:.2f} requests/s{drafts}{failed}"
 
 

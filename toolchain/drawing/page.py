@@ -20,16 +20,23 @@ _STYLE = f"""
 body {{ font: 15px/1.55 {FONTS}; color: var(--ink); background: var(--paper); margin: 0 auto; max-width: {WIDE}px;
   padding: 2.2rem 20px 3rem }}
 h1 {{ font-size: 1.55rem; line-height: 1.25; margin: 0 0 .5rem; text-wrap: balance }}
-h2 {{ font-size: 1.15rem; line-height: 1.3; margin: 0 0 .2rem }}
+h2 {{ font-size: 1.15rem; line-height: 1.3; margin: 0 0 .2rem; text-wrap: balance }}
 p {{ margin: .2rem 0 }} .soft {{ color: var(--soft) }} .small {{ font-size: 12.5px }}
 figure, section {{ margin: 2.6rem 0 0; padding: 1.6rem 0 0; border-top: 1px solid var(--grid) }}
 figure svg {{ display: block; width: 100%; height: auto; margin: 1rem 0 .6rem }} svg.narrow {{ display: none }}
 @media (max-width: 640px) {{ svg.wide {{ display: none }} figure svg.narrow {{ display: block }} }}
 details {{ margin-top: .5rem }} summary {{ color: var(--soft); font-size: 12.5px; cursor: pointer }}
-.scroll {{ overflow-x: auto }}
+.scroll {{ overflow-x: auto; background:
+  linear-gradient(to right, var(--paper) 40%, transparent) 0 0 / 2.5rem 100% local no-repeat,
+  linear-gradient(to left, var(--paper) 40%, transparent) 100% 0 / 2.5rem 100% local no-repeat,
+  linear-gradient(to right, var(--grid), transparent) 0 0 / .8rem 100% scroll no-repeat,
+  linear-gradient(to left, var(--grid), transparent) 100% 0 / .8rem 100% scroll no-repeat }}
 table {{ border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; margin-top: .5rem }}
 th, td {{ text-align: right; padding: .3rem 1.1rem .3rem 0; border-bottom: 1px solid var(--grid); white-space: nowrap }}
-th {{ color: var(--soft); font-weight: 500; vertical-align: bottom }} .w {{ text-align: left }}
+th {{ color: var(--soft); font-weight: 500; vertical-align: bottom }}
+.w {{ text-align: left; white-space: normal; min-width: 5.5rem; max-width: 18rem; overflow-wrap: break-word }}
+td:last-child, th:last-child {{ padding-right: 0 }}
+@media (max-width: 640px) {{ th, td {{ padding-right: .8rem }} }}
 footer {{ margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--grid) }}
 """
 

@@ -81,7 +81,10 @@ def _gib(value: float) -> str:
 
 
 def _lengths(every: Sequence[Named]) -> Iterator[Figure]:
-    """A line for each load of a report, or for the lightest load of each of several; and what the plan said."""
+    """A line for each load of a report, or for the lightest load of each of several; and what the plan said.
+
+    None where all prompts are of one length: the distributions tell it.
+    """
     lines = []
     for one in every:
         loads = list(dict.fromkeys(str(run.conditions.load) for run in one.report.runs))
@@ -90,7 +93,7 @@ def _lengths(every: Sequence[Named]) -> Iterator[Figure]:
             if points := sorted(point for run in runs for point in _points(run)):
                 lines.append(_with_band(f"{one.name}, {load}" if len(every) > 1 else load, one.color, points))
     plans = [line for one in every if (line := _planned(one, every))]
-    if not lines:
+    if not lines or len({x for line in (*lines, *plans) for x, _ in line.points}) < 2:
         return
     shown = _told_apart(lines[:MOST_LINES])
     yield Figure(

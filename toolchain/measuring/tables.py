@@ -28,10 +28,14 @@ def about(reports: Sequence[Report]) -> list[str]:
         report, asked = one.report, one.report.runs[0].conditions
         where = f"on {report.device}" if report.device else "on a device that the report does not name"
         found.append(
-            f"{one.name}: {asked.requests} requests each over {len(report.runs)} runs{_of(report)} {where}, "
+            f"{one.name}: {asked.requests} requests each over {_runs(report)}{_of(report)} {where}, "
             f"{report.created[:10]}, scalellm {report.client.get('scalellm', '?')}."
         )
     return found
+
+
+def _runs(report: Report) -> str:
+    return f"{len(report.runs)} run{'s' * (len(report.runs) > 1)}"
 
 
 def _of(report: Report) -> str:
@@ -54,7 +58,7 @@ def _result(run: Run, drafts: bool) -> tuple[str, ...]:
         cells += [milliseconds(of[percent]) if of else "-" for percent in percents]
     cells.append(f"{found['tokens_per_s']:.1f}")
     if drafts:
-        cells.append("-" if found["draft_acceptance"] is None else f"{found['draft_acceptance']:.0%}")
+        cells.append("-" if found["draft_acceptance"] is None else f"{100 * found['draft_acceptance']:.0f} %")
     return tuple(cells)
 
 

@@ -113,9 +113,10 @@ def written(endpoint: Endpoint, tokenizer: Any, asked: harness.Writing, limits: 
     most = min(asked.max_tokens or _MAX_TOKENS, limits.max_seq_len // 2)
     room = min(limits.max_input_len, limits.max_seq_len - most)
     ids, text = tokenizer.encode(asked.text), asked.text
-    while len(ids) > room:
-        text = tokenizer.decode(ids[len(ids) - room :], skip_special_tokens=True)
-        ids, room = tokenizer.encode(text), room - 1  # the second time a text may take a token more
+    kept = room - len(tokenizer.encode(""))
+    while len(ids) > room and kept > 0:
+        text = tokenizer.decode(ids[-kept:], skip_special_tokens=True)
+        ids, kept = tokenizer.encode(text), kept - 1  # the second time a text may take a token more
     wished: dict[str, Any] = {**asked.sampling, "exclude_input_in_output": True}
     if asked.sampling:
         wished["seed"] = 0

@@ -154,9 +154,9 @@ class _Model:
                 self._layer(number, weights, batch, states)
             del weights  # before the next layer's are made
         last = torch.cat([states[:, -1] for states in hidden])
-        chosen = self._choose(last).split([len(batch.numbers) for batch in batches])
-        found = dict[int, int]()
-        for batch, words in zip(batches, chosen, strict=True):
+        chosen, found = self._choose(last), dict[int, int]()
+        for batch in batches:
+            words, chosen = chosen[: len(batch.numbers)], chosen[len(batch.numbers) :]
             batch.start += batch.ids.shape[1]
             batch.ids = words[:, None].to(torch.int32)
             found |= dict(zip(batch.numbers, words.tolist(), strict=True))
