@@ -1,5 +1,5 @@
 # The commands that a person types. Everything is installed into .venv; nothing outside the checkout is touched, but for
-# the browser that the tests of the page want: see `make browser`.
+# what some tests want of the system: see `make browser` and `make servers`.
 
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -12,7 +12,7 @@ BIN     := $(VENV)/bin
 SCALELLM = $(BIN)/scalellm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo browser tools test test-oracle test-sky test-schema test-lm-eval check build serve lock clean
+.PHONY: help demo browser servers tools test test-oracle test-sky test-schema test-lm-eval check build serve lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -57,7 +57,21 @@ $(TOOLS)/.debs:
 
 tools: $(TOOLS)/.debs  ## promtool and the schema of compose files, out of Debian's packages, for the tests of `deploy export`
 
-test: $(VENV)/.dev browser tools  ## set everything up and run the whole test suite
+FLEET_PACKAGES := etcd-server nats-server iproute2 iptables
+
+servers:  ## as root of a Debian: etcd, NATS and iproute2, for the tests over many hosts; without them those are skipped
+	@PATH="$$PATH:/usr/sbin:/sbin"; \
+	for program in etcd nats-server ip iptables; do command -v $$program >/dev/null || missing=yes; done; \
+	[ -z "$$missing" ] && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "Installing $(FLEET_PACKAGES) for the tests over many hosts"; \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(FLEET_PACKAGES); } >/dev/null 2>&1 && done=yes; \
+	  [ -d /run/systemd/system ] && systemctl disable --now etcd nats-server >/dev/null 2>&1; \
+	  [ -n "$$done" ] && exit 0; \
+	fi; \
+	echo "No etcd, NATS or iproute2 here: the tests over many hosts will be skipped"
+
+test: $(VENV)/.dev browser servers tools  ## set everything up and run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 $(ORACLE)/.installed: pyproject.toml constraints-oracle.txt

@@ -88,7 +88,7 @@ async def _first_token(triton: Any, asked: asyncio.Event) -> None:
 
 async def _offer(spec: Spec, adapter: Adapter, bulletin: Bulletin, passport: Passport, asked: asyncio.Event) -> None:
     """Registered for as long as the Triton generates; returns after the drain."""
-    plane = Plane(Path(spec.discovery), spec.endpoint)
+    plane = Plane.open(Path(spec.discovery), spec.endpoint)
     runtime = plane.runtime()
     endpoint = runtime.endpoint(plane.path)
     from dynamo.llm import ModelInput, ModelType, WorkerType, register_model
@@ -111,11 +111,10 @@ async def _offer(spec: Spec, adapter: Adapter, bulletin: Bulletin, passport: Pas
         ModelInput.Tokens,
         ModelType.Chat,
         endpoint,
-        spec.card,
+        spec.endpoint,
         spec.endpoint,
         worker_type=WorkerType.Aggregated,
-        ignore_weights=True,
-        kv_cache_block_size=16,
+        skip_model_assets=True,  # the gateway has the tokenizer, and a path here means nothing on another host
     )
     serving = asyncio.ensure_future(endpoint.serve_endpoint(generate))
     looking = asyncio.create_task(adapter.look_after(on_change))

@@ -38,6 +38,14 @@ _MOST_REQUEST_BYTES = 8192
 
 
 @dataclass(frozen=True)
+class Certificates:
+    """What a party is given for its key, in PEM."""
+
+    named: bytes
+    nameless: bytes
+
+
+@dataclass(frozen=True)
 class Identity:
     """One party's files: the authority's certificate, which is all that it trusts, its own, and its key."""
 
@@ -56,23 +64,29 @@ class Identity:
         return self.folder / "key.pem"
 
     @property
-    def whole(self) -> bool:
-        """Whether all three files are there."""
-        return all(file.is_file() for file in (self.authority, self.certificate, self.key))
+    def nameless(self) -> Path:
+        """A certificate of the same key that names nobody: for etcd's JSON, which refuses others."""
+        return self.folder / "nameless.pem"
 
-    def write(self, *, authority: bytes, certificate: bytes, key: bytes | None = None) -> None:
+    @property
+    def whole(self) -> bool:
+        """Whether all files are there."""
+        return all(file.is_file() for file in (self.authority, self.certificate, self.nameless, self.key))
+
+    def write(self, authority: bytes, certificates: Certificates, key: bytes | None = None) -> None:
         """PEM; without ``key``, the one that is there."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if key is not None:
             write_private(self.key, key)
         workspace.write_durably(self.authority, authority)
-        workspace.write_durably(self.certificate, certificate)
+        workspace.write_durably(self.certificate, certificates.named)
+        workspace.write_durably(self.nameless, certificates.nameless)
 
-    def client_context(self) -> ssl.SSLContext:
+    def client_context(self, *, nameless: bool = False) -> ssl.SSLContext:
         """For connections to the head's servers. Raises ArtifactError."""
         try:
             context = trusting(self.authority.read_text(encoding="ascii"))
-            context.load_cert_chain(self.certificate, self.key)
+            context.load_cert_chain(self.nameless if nameless else self.certificate, self.key)
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             raise ArtifactError(f"{self.folder}: not a usable identity: {error}") from error
         return context
@@ -169,12 +183,11 @@ class Authority:
     def issue(self, identity: Identity, name: str, *, hosts: Iterable[str] = ()) -> None:
         """A key and a certificate for a party on this machine; with ``hosts`` (addresses or names), for its servers."""
         key = _new_key()
-        certificate = self._certify(name, key.public_key(), [name, *hosts])
-        identity.write(authority=self.pem, certificate=certificate, key=_pem_of(key))
+        identity.write(self.pem, self._certify(name, key.public_key(), [name, *hosts]), _pem_of(key))
 
-    def sign(self, request: bytes, node: str) -> bytes:
-        """A certificate (PEM) for a node that sends a request of its own. It can be a client, never a server; only its
-        key is taken from the request. Raises RejectedError.
+    def sign(self, request: bytes, node: str) -> Certificates:
+        """For a node that sends a request of its own. It can be a client, never a server; only its key is taken from
+        the request. Raises RejectedError.
         """
         from cryptography import x509
         from cryptography.hazmat.primitives.asymmetric import ec
@@ -195,18 +208,22 @@ class Authority:
 
     def _certify(
         self, name: str, key: ec.EllipticCurvePublicKey, names: Iterable[str], *, server: bool = True
-    ) -> bytes:
+    ) -> Certificates:
         from cryptography import x509
         from cryptography.x509.oid import ExtendedKeyUsageOID
 
         uses = [ExtendedKeyUsageOID.CLIENT_AUTH, *([ExtendedKeyUsageOID.SERVER_AUTH] if server else [])]
         authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
-        builder = _builder(_subject(name), key, _PARTY_DAYS).issuer_name(self._certificate.subject)
-        builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        builder = builder.add_extension(x509.ExtendedKeyUsage(uses), critical=False)
-        builder = builder.add_extension(x509.SubjectAlternativeName([_name(one) for one in names]), critical=False)
-        builder = builder.add_extension(authority, critical=False)
-        return _pem(_signed(builder, self._key))
+        known_as = x509.SubjectAlternativeName([_name(one) for one in names])
+        found = []
+        for subject in (_subject(name), x509.Name([])):
+            builder = _builder(subject, key, _PARTY_DAYS).issuer_name(self._certificate.subject)
+            builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            builder = builder.add_extension(x509.ExtendedKeyUsage(uses), critical=False)
+            builder = builder.add_extension(known_as, critical=not list(subject))
+            builder = builder.add_extension(authority, critical=False)
+            found.append(_pem(_signed(builder, self._key)))
+        return Certificates(*found)
 
 
 def _new_key() -> ec.EllipticCurvePrivateKey:
