@@ -21,7 +21,7 @@ class Runs:
     """A replica without a Triton."""
 
     def __init__(self, name: str, version: Mapping[str, Any]) -> None:
-        self.name, self.version = name, version["version"]
+        self.name, self.version, self.trial = name, version["version"], version["trial"]
         self.failure: ScalellmError | None = None
         self.history: list[str] = []
         self.drained = threading.Event()
@@ -119,6 +119,13 @@ def test_an_agent_starts_what_is_wanted_and_says_how_it_is(scene: Scene) -> None
     assert scene.states() == {"r1": (1, "ready"), "r2": (2, "ready")}
     scene.agent.round()
     assert [one.history for one in scene.made.values()] == [["start"], ["start"]]
+
+
+def test_a_replica_of_the_version_that_is_to_come_is_on_trial(scene: Scene) -> None:
+    scene.want(r1=1, r2=2)
+    scene.board.put("spec", {"versions": VERSIONS, "current": 1, "next": 2})
+    scene.agent.round()
+    assert {name: one.trial for name, one in scene.made.items()} == {"r1": False, "r2": True}
 
 
 def test_what_is_no_longer_wanted_is_drained_while_the_others_run(scene: Scene) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -22,12 +24,13 @@ from tests.gateway.behind_gateway import settings_for
 from toolchain import workspace
 from toolchain.admission import ENGINE
 from toolchain.engine import PASSPORT
-from toolchain.errors import RecipeError, RejectedError
+from toolchain.errors import ArtifactError, RecipeError, RejectedError
 from toolchain.fleet.deployment import Deployment, Replicas
 from toolchain.gateway.run import Listen
 from toolchain.progress import Silent
 from toolchain.stages import deploy, gateway
 
+Run = Callable[..., subprocess.CompletedProcess[str]]
 pytestmark = pytest.mark.timeout(240)
 ASKED = Deployment(
     endpoint="parrot",
@@ -50,6 +53,11 @@ class Scene:
 
     def kinds(self) -> list[str]:
         return [json.loads(line)["kind"] for line in self.place.events.read_text().splitlines()]
+
+    def told(self) -> dict[str, Any]:
+        """What the state file says."""
+        self.endpoint.tell("running")
+        return self.place.read() or {}
 
     def update(self, repository: Path) -> int:
         return deploy.update(self.place, ASKED, [repository], progress=Silent(), on_event=lambda _event: None)
@@ -147,8 +155,22 @@ def test_a_version_that_does_not_start_is_given_up_while_the_old_one_answers(
     assert "rolled back" in scene.kinds()
 
 
-def test_an_operator_is_told_what_cannot_be(scene: Scene) -> None:
-    with pytest.raises(RecipeError, match="min 3, max 2"):
-        deploy.ask(scene.place, {"ask": "scale", "min": 3, "max": 2})
-    assert deploy.ask(scene.place, {"ask": "scale", "min": 1, "max": 2})["min"] == 1
-    until(lambda: len(scene.versions()) == 1, 60)
+def test_an_operator_sees_and_changes_what_runs(scene: Scene, scalellm: Run) -> None:
+    work = ["--work", scene.place.folder.parent.parent]
+    refused = scalellm("deploy", "scale", "parrot", "--min", 3, "--max", 2, *work)
+    assert refused.returncode == RecipeError.exit_code
+    assert "min 3, max 2" in refused.stderr
+    scaled = scalellm("deploy", "scale", "parrot", "--replicas", 1, "--json", *work)
+    assert json.loads(scaled.stdout) == {"endpoint": "parrot", "min": 1, "max": 1}
+    until(lambda: len(scene.versions()) == 1 and len(scene.endpoint.replicas()) == 1, 60)
+    until(lambda: [one["state"] for one in scene.told()["replicas"]] == ["ready"], 10)
+    (told,) = json.loads(scalellm("deploy", "status", "--json", *work).stdout)
+    assert (told["min"], told["max"], told["desired"], told["next_version"]) == (1, 1, 1, None)
+    assert [(one["node"], one["state"]) for one in told["replicas"]] == [("local", "ready")]
+    kinds = [event["kind"] for event in json.loads(scalellm("deploy", "logs", "parrot", "--json", *work).stdout)]
+    assert kinds == scene.kinds()[: len(kinds)]
+    name = told["replicas"][0]["name"]
+    assert "tensorrt_llm_bls" in scalellm("deploy", "logs", "parrot", "--replica", name, *work).stdout
+    unknown = scalellm("deploy", "logs", "parrot", "--replica", "r99", *work)
+    assert unknown.returncode == ArtifactError.exit_code
+    assert name in unknown.stderr

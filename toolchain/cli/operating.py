@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,7 +47,10 @@ def status(work: Path, json_output: bool, verbose: int) -> None:
         for one in endpoint["replicas"]:
             why = f": {one['why']}" if one["why"] else ""
             pids = ", ".join(f"{name} {pid}" for name, pid in one["pids"].items())
-            screen.say(f"  {one['name']}  {one['state']}{why}  ({pids}; {one['restarts']} restarts)")
+            where = f"{one['node']}/{one['name']}"
+            screen.say(
+                f"  {where}  version {one['version']}  {one['state']}{why}  ({pids}; {one['restarts']} restarts)"
+            )
     if not found:
         screen.say("No endpoint runs here.")
 
@@ -116,12 +120,13 @@ def logs(endpoint: str, replica: str | None, follow: bool, work: Path, json_outp
             _follow(place, replica)
         return
     if not place.events.exists():
-        raise ArtifactError(
-            f"{place.events}: there is none: {endpoint} has not run here", hint="scalellm deploy status"
-        )
-    for event in asking.events(place.events, 0, lambda: follow and place.read() is not None):
-        screen.emit(event)
-        screen.say(line_of(event))
+        raise ArtifactError(f"{endpoint} has not run here: no {place.events}", hint="scalellm deploy status")
+    found = asking.events(place.events, 0, lambda: follow and place.read() is not None)
+    if json_output and not follow:
+        screen.emit(list(found))
+        return
+    for event in found:
+        click.echo(json.dumps(event) if json_output else line_of(event))
 
 
 @click.command()

@@ -58,7 +58,9 @@ class Running(Protocol):
 
 
 Make = Callable[[str, Mapping[str, Any]], Running]
-"""A replica's name and the version that it is to run (one of the board's ``spec``) -> the replica, not yet started."""
+"""A replica's name and the version that it is to run (one of the board's ``spec``, and under ``trial`` whether it has
+still to take the place of another) -> the replica, not yet started.
+"""
 
 
 Provide = Callable[[Mapping[str, Any], str], Path]
@@ -71,7 +73,7 @@ class Maker:
     def __init__(
         self, folder: Path, discovery: str, provide: Provide, *, progress: Progress, check: Check | None = None
     ) -> None:
-        """``check`` is asked of the server of each replica of a version that wants it."""
+        """``check`` is asked of each replica's server while its version is on trial, and always where that wants it."""
         self._folder, self._discovery, self._provide = folder, discovery, provide
         self._progress, self._check = progress, check
         self._lock = threading.Lock()
@@ -86,7 +88,7 @@ class Maker:
             drain_s=float(version["drain_seconds"]),
             start_s=float(version["start_seconds"]),
         )
-        check = self._check if version["conformance"] else None
+        check = self._check if version["conformance"] or version["trial"] else None
         folder = self._folder / "replicas" / name
         self._prune(folder.parent)
         provide = functools.partial(self._checked, version, name, offer.card)
@@ -121,6 +123,7 @@ class Agent:
         self._ending: dict[str, threading.Thread] = {}
         self._wanted: dict[str, int] = {}
         self._versions: dict[int, dict[str, Any]] = {}
+        self._next: int | None = None
         self.failure: ScalellmError | None = None
         """Of the replica that was given up last."""
         self._state = "up"
@@ -176,13 +179,14 @@ class Agent:
         self._found()
         if spec is not None:
             self._versions = {int(one["version"]): one for one in spec["versions"]}
+            self._next = spec.get("next")
         if assigned is not None:  # a board that has forgotten it does not want the end of everything
             self._wanted = {str(one["name"]): int(one["version"]) for one in assigned["replicas"]}
 
     def _reconcile(self) -> None:
         for name, version in self._wanted.items():
             if name not in self._running and version in self._versions:
-                one = self._make(name, self._versions[version])
+                one = self._make(name, {**self._versions[version], "trial": version == self._next})
                 self._running[name] = version, one
                 one.start()
         self._end(name for name in self._running if name not in self._wanted)

@@ -132,7 +132,6 @@ def must_be_local(local: bool) -> None:
     """Raises RecipeError where other machines are asked for."""
     if not local:
         raise RecipeError(
-            "this release deploys to this machine alone: renting machines, `deploy join`, scaling and rolling updates "
-            "are not in it",
+            "this release deploys to this machine alone: renting machines and `deploy join` are not in it",
             hint="scalellm deploy DEPLOYMENT.yaml --local",
         )

@@ -10,6 +10,7 @@ import contextlib
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from toolchain.fleet.meter import Meter
 from toolchain.fleet.pricing import priced
 from toolchain.fleet.rounds import Decision, Event, Memory, Wish
 from toolchain.fleet.scaling import Scale
-from toolchain.fleet.sight import READY, NodeSeen, Placement
+from toolchain.fleet.sight import NodeSeen, Placement
 from toolchain.fleet.traffic import Course, Lane, Traffic
 from toolchain.progress import Progress
 
@@ -48,6 +49,8 @@ class Surroundings:
     events: Path
     progress: Progress
     meter: Meter | None = None
+    asks: Board | None = None
+    """Where operators ask, if not on the board that the nodes share."""
 
 
 class Head:
@@ -61,6 +64,8 @@ class Head:
         self._lanes = {int(one["version"]): around.open_lane(one) for one in spec["versions"]}
         lane = self._lanes[int(spec["current"])]
         around.traffic.course = Course({lane.name: lane}, lane.name, coming=True, start_s=float(spec["start_seconds"]))
+        self.nodes: Mapping[str, Mapping[str, Any]] = {}
+        """As they told of themselves last, by the board's keys."""
         self._memory: Memory | None = None
         self._given: dict[str, set[str]] = {}
         """Node -> replicas that it was given and that may still answer."""
@@ -95,9 +100,10 @@ class Head:
         EndpointError where the board cannot be reached.
         """
         board = self._around.board
-        for key, ask in board.read("asks/").items():
-            self._answer(key, ask)
-        nodes = priced(board.read("nodes/"), self._spec["prices"])
+        asks = self._around.asks or board
+        for key, ask in asks.read("asks/").items():
+            self._answer(asks, key, ask)
+        nodes = self.nodes = priced(board.read("nodes/"), self._spec["prices"])
         if self._around.meter is not None:
             self._around.meter.tick(nodes, self._given)
         memory = self._remembered(nodes)
@@ -113,7 +119,7 @@ class Head:
         self._spec |= {"current": found.current, "next": found.next, "desired": found.desired}
         self._write(found.events)
         self._forget(found, seen)
-        self._steer(found, seen)
+        self._steer(found)
         self._tell(found)
         return found
 
@@ -148,6 +154,7 @@ class Head:
     def _forget(self, found: Decision, seen: Iterable[NodeSeen]) -> None:
         """Versions that are not wanted, and of which nothing runs; names of replicas that have ended."""
         known = {found.current, found.next} | {told.version for node in seen for told in node.replicas}
+        known |= {one.version for one in found.memory.placed.values()}
         self._spec["versions"] = [one for one in self._spec["versions"] if one["version"] in known]
         self._lanes = {version: lane for version, lane in self._lanes.items() if version in known}
         for node in seen:
@@ -157,22 +164,18 @@ class Head:
 
     # what is told
 
-    def _steer(self, found: Decision, seen: Iterable[NodeSeen]) -> None:
+    def _steer(self, found: Decision) -> None:
         """New requests go to the lane of the version that is to stay, once it takes as many as any other."""
-        ready: dict[str, int] = {}
-        coming = False
-        for node in seen:
-            for told in node.replicas:
-                if told.state == READY and told.version in self._lanes:
-                    name = self._lanes[told.version].name
-                    ready[name] = ready.get(name, 0) + 1
-        coming = len(found.memory.ready) < len(found.memory.placed)
+        placed = found.memory.placed
+        versions = [placed[name].version for name in found.memory.ready]
+        ready = Counter(self._lanes[version].name for version in versions if version in self._lanes)
+        coming = len(found.memory.ready) < len(placed)
         stays = found.next if found.next is not None and found.memory.proven else found.current
         lane = self._lanes[stays]
         target = max(ready, key=lambda name: (ready[name], name == lane.name), default=lane.name)
         lanes = {one.name: one for one in self._lanes.values()}
         lanes[lane.name] = lane  # of two versions that share it, the one that is to stay
-        asleep = not found.memory.placed and found.desired == 0
+        asleep = not placed and found.desired == 0
         self._around.traffic.course = Course(lanes, target, found.desired, coming, asleep, self._spec["start_seconds"])
 
     def _tell(self, found: Decision) -> None:
@@ -197,15 +200,15 @@ class Head:
 
     # what is asked
 
-    def _answer(self, key: str, ask: Mapping[str, Any]) -> None:
+    def _answer(self, asks: Board, key: str, ask: Mapping[str, Any]) -> None:
         try:
             answer = {"error": "", **self._take(ask)}
         except ScalellmError as error:
             answer = {"error": error.message, "hint": error.hint, "code": error.exit_code}
         except (KeyError, TypeError, ValueError) as error:
             answer = {"error": f"this was asked by another scalellm: {error!r}", "hint": "", "code": 2}
-        self._around.board.put(key.replace("asks/", "answers/", 1), answer, ttl_s=_ANSWER_S)
-        self._around.board.remove(key)
+        asks.put(key.replace("asks/", "answers/", 1), answer, ttl_s=_ANSWER_S)
+        asks.remove(key)
 
     def _take(self, ask: Mapping[str, Any]) -> dict[str, Any]:
         what = ask.get("ask")

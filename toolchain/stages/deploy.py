@@ -83,8 +83,8 @@ class Local:
         """Where the gateway answers, by door."""
 
     def replicas(self) -> list[dict[str, Any]]:
-        """How each is, without the figures of its engine."""
-        return [{name: value for name, value in one.items() if name != "figures"} for one in self.agent.replicas()]
+        """How each of this machine is, without the figures of its engine."""
+        return [_plain(one) for one in self.agent.replicas()]
 
     def wait(self) -> None:
         """Until it is to end; keeps the state file."""
@@ -106,6 +106,7 @@ class Local:
     def tell(self, state: str) -> None:
         """Write the state file, whole or not at all."""
         spec = self.head.spec
+        told = [{**_plain(one), "node": node["node"]} for node in self.head.nodes.values() for one in node["replicas"]]
         self._record(
             {
                 "endpoint": self.deployment.endpoint,
@@ -113,7 +114,7 @@ class Local:
                 "version": spec["current"],
                 "next_version": spec["next"],
                 **{name: spec[name] for name in ("min", "max", "desired")},
-                "replicas": self.replicas(),
+                "replicas": told,
                 "ports": self.deployment.ports.model_dump(),
                 "doors": self.doors,
             }
@@ -210,6 +211,11 @@ def _threads(*works: Callable[[threading.Event], None]) -> Iterator[None]:
         until.set()
         for thread in threads:
             thread.join()
+
+
+def _plain(replica: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the figures of its engine."""
+    return {name: value for name, value in replica.items() if name != "figures"}
 
 
 def _device(repository: Path) -> tuple[str, int]:
