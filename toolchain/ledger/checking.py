@@ -58,7 +58,7 @@ def verify(path: Path, kept: Head | None = None, most: int = 20) -> Verdict:
             else:
                 check.end()
     except ArtifactError as error:
-        if not isinstance(error.__cause__, sqlite3.Error):
+        if not isinstance(error.__cause__, (sqlite3.Error, ValueError, LookupError)):
             raise
         check.faults.append(Fault(0, f"the file is not a sound SQLite database: {error.__cause__}"))
     return Verdict(check.endpoint, check.count, check.head, tuple(check.faults[:most]))

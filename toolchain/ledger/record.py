@@ -19,7 +19,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation, localcontext
+from decimal import ROUND_HALF_EVEN, Context, Decimal, InvalidOperation
 from typing import Any
 
 FORMAT = 1
@@ -28,7 +28,8 @@ GENESIS, USAGE = "genesis", "usage"
 NOTHING = "0" * 64
 """What the first record names as the hash before it."""
 _STEP = Decimal("1e-12")
-_MS_PER_HOUR = 3_600_000
+_MS_PER_HOUR = Decimal(3_600_000)
+_EXACT = Context(prec=60, rounding=ROUND_HALF_EVEN)
 _GENESIS_KEYS = frozenset({"created_ms", "currency", "endpoint", "format", "kind", "number", "previous"})
 _TEXTS = ("provider", "node", "device", "replica")
 _COUNTS = ("gpus", "node_ms", "requests", "tokens_in", "tokens_out", "continued")
@@ -65,10 +66,8 @@ class Usage:
 
     @property
     def earned(self) -> Decimal:
-        with localcontext() as context:
-            context.prec = 60
-            exact = self.node_ms * self.price_per_hour / _MS_PER_HOUR
-            return exact.quantize(_STEP, ROUND_HALF_EVEN)
+        exact = _EXACT.divide(_EXACT.multiply(Decimal(self.node_ms), self.price_per_hour), _MS_PER_HOUR)
+        return _EXACT.quantize(exact, _STEP)
 
     def fields(self) -> dict[str, Any]:
         """As they stand in the record."""
@@ -90,10 +89,11 @@ class Usage:
         except (KeyError, TypeError, InvalidOperation) as error:
             raise ValueError(f"not a record of usage: {error!r}") from None
         usage.check()
-        known = {"kind", "number", "previous"}
-        told = {name: value for name, value in found.items() if name not in known}
-        if told != usage.fields():
-            wrong = sorted(name for name in told | usage.fields() if told.get(name) != usage.fields().get(name))
+        told, expected = {**found}, usage.fields()
+        for name in ("kind", "number", "previous"):
+            told.pop(name, None)
+        if told != expected:
+            wrong = sorted(name for name in told | expected if told.get(name) != expected.get(name))
             raise ValueError(f"its fields contradict each other: {', '.join(wrong)}")
         return usage
 

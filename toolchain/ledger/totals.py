@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import io
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.ledger.book import reading, rows
-from toolchain.ledger.record import USAGE, Usage, parse, plain
+from toolchain.ledger.record import USAGE, Usage, plain
 
 BY = ("provider", "node", "device", "replica", "day")
 COLUMNS = ("requests", "continued", "tokens_in", "tokens_out", "gpu_seconds", "node_seconds", "earned_usd")
@@ -101,7 +102,7 @@ def usages(path: Path) -> Iterator[Usage]:
     """Every record of usage, the oldest first. Raises ArtifactError."""
     with reading(path) as connection:
         for _number, body, _hash in rows(connection):
-            found = parse(str(body))
+            found = json.loads(str(body))
             if found["kind"] == USAGE:
                 yield Usage.of(found)
 
