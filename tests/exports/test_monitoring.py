@@ -1,16 +1,21 @@
-"""What Prometheus and Grafana get: read by promtool and a parser of PromQL. That the metrics are real, a gateway says
-(tests/gateway/test_dashboards.py).
+"""What Prometheus and Grafana get: read by promtool, a parser of PromQL and Grafana's own models. That the metrics are
+real, a gateway says (tests/gateway/test_dashboards.py).
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import promql_parser
 import pytest
 import yaml
+from grafana_foundation_sdk.cog import plugins
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from tests.exports.conftest import FLAGS, Export
 from tests.exports.packages import DEPLOYMENT
@@ -68,9 +73,6 @@ def test_alerts_fire_when_nothing_generates_and_when_requests_fail(export: Expor
     """Prometheus' own test of rules, on series of ten minutes."""
     export("compose")
     on = {"endpoint": "my-llama"}
-
-    def alert(name: str, severity: str, **labels: str) -> dict[str, Any]:
-        return {"exp_labels": {"severity": severity, **on, **labels}, "exp_annotations": None} | {"name": name}
 
     def series(name: str, values: str) -> dict[str, str]:
         return {"series": name, "values": values}
@@ -149,3 +151,29 @@ def test_dashboards_find_the_data_source_and_prometheus_the_gateway(export: Expo
         assert {target["datasource"]["uid"] for panel in panels for target in panel["targets"]} == {source["uid"]}
         corners = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels]
         assert len(set(corners)) == len(panels)
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_grafanas_own_models_know_every_key_of_a_dashboard(export: Export, name: str) -> None:
+    """Read into Grafana's classes and written again, nothing is lost; what they do not know would be."""
+    board = export("compose")[name]
+    assert list(_lost(board, _through_grafana(board))) == []
+    board["panels"][0]["targets"][0]["expression"] = "up"
+    assert list(_lost(board, _through_grafana(board))) == [".panels[0].targets[0].expression"]
+
+
+def _through_grafana(board: dict[str, Any]) -> Any:
+    plugins.register_default_plugins()
+    return json.loads(JSONEncoder(sort_keys=True).encode(Dashboard.from_json(board)))
+
+
+def _lost(before: Any, after: Any, where: str = "") -> Iterator[str]:
+    """Places whose value is not the same afterwards, or is gone; what came in addition does not count."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key, value in before.items():
+            yield from _lost(value, after.get(key), f"{where}.{key}")
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for number, (one, other) in enumerate(zip(before, after, strict=True)):
+            yield from _lost(one, other, f"{where}[{number}]")
+    elif before != after:
+        yield where

@@ -1,8 +1,7 @@
 """Grafana's dashboards, as its JSON model has them: an endpoint for those who use it, and its engines.
 
-Every metric in them is one that a gateway publishes; a test scrapes one and compares. Schema:
-https://grafana.com/docs/grafana/latest/visualizations/dashboards/build-dashboards/view-dashboard-json-model/ (read
-2026-11-22).
+Every metric in them is one that a gateway publishes; a test scrapes one and compares. Another reads them into the
+models of Grafana's grafana-foundation-sdk.
 """
 
 from __future__ import annotations
