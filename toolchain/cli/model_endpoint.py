@@ -70,8 +70,9 @@ def replicate(
     ]
 
     def on_open(listen: Listen) -> None:
-        urls = listen.urls
-        record(Deployment(os.getpid(), True, urls.get("/predict", ""), urls["OpenAI"], (), str(log_file(card))))
+        urls, log = listen.urls, str(log_file(card))
+        kserve = (urls["OpenAI"].removesuffix("/v1"),)
+        record(Deployment(os.getpid(), True, urls.get("/predict", ""), urls["OpenAI"], kserve, log))
 
     deploying.run(
         screen,
