@@ -99,6 +99,10 @@ def test_tables_tell_conditions_passport_and_the_distance_to_the_plan() -> None:
     found = {one.title: one for one in tables(made_reports())}
     assert ("limits: max_seq_len", "4096", "4096") in found["Engine passport"].table_rows
     assert ("sampling", "greedy", "greedy") in found["Conditions"].table_rows
+    told = [row[0] for row in found["Conditions"].table_rows]
+    assert told[3:-2] == [
+        *("prompt set", "pattern", "services", "requests", "warmup", "streaming", "sampling", "counted by"),
+    ]  # in the report's own order, each time
     rows = found["Time to first token beside the plan"].table_rows
     assert [(row[0], row[1], row[3]) for row in rows] == [
         ("TensorRT-LLM on an RTX 4090", "512", "35.0 ms"),

@@ -34,7 +34,7 @@ details {{ margin-top: .5rem }} summary {{ color: var(--soft); font-size: 12.5px
 table {{ border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; margin-top: .5rem }}
 th, td {{ text-align: right; padding: .3rem 1.1rem .3rem 0; border-bottom: 1px solid var(--grid); white-space: nowrap }}
 th {{ color: var(--soft); font-weight: 500; vertical-align: bottom }}
-.w {{ text-align: left; white-space: normal; min-width: 5.5rem; max-width: 18rem; overflow-wrap: break-word }}
+.w {{ text-align: left; white-space: normal; min-width: 6.2rem; max-width: 18rem; overflow-wrap: break-word }}
 td:last-child, th:last-child {{ padding-right: 0 }}
 @media (max-width: 640px) {{ th, td {{ padding-right: .8rem }} }}
 footer {{ margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--grid) }}

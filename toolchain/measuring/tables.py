@@ -7,7 +7,7 @@ from typing import Any
 
 from toolchain.drawing import Table
 from toolchain.measuring.figures import Named, named
-from toolchain.measuring.report import Report, Run
+from toolchain.measuring.report import Conditions, Report, Run
 from toolchain.units import milliseconds
 
 _COLUMNS = ("tokens in", "out", "load", "TTFT p50", "p90", "p99", "ITL p50", "p99", "tokens/s")
@@ -107,7 +107,7 @@ def _conditions_of(report: Report) -> Iterator[tuple[str, str]]:
         which = f"service {number}" if len(report.services) > 1 else "service"
         said = " ".join(service.server.values())
         yield which, f"{service.model} by {service.door} at {service.url}" + (f" ({said})" if said else "")
-    for name in report.runs[0].conditions.model_fields_set - set(_OWN):
+    for name in (name for name in Conditions.model_fields if name not in _OWN):
         values = dict.fromkeys(str(getattr(run.conditions, name)) for run in report.runs)
         yield name.replace("_", " "), ", ".join(values)
     if report.watched:
