@@ -26,7 +26,6 @@ from toolchain.fleet import servers
 from toolchain.fleet.door import MOST_BYTES, Tries, opened
 from toolchain.fleet.joining import Membership, join, own_name
 from toolchain.fleet.network import Addresses, Guests, serving
-from toolchain.fleet.plane import NO_NATS_USER as TOKEN
 from toolchain.fleet.plane import Network, Plane
 from toolchain.fleet.servers import Kept
 from toolchain.fleet.tokens import Token
@@ -112,27 +111,32 @@ def test_etcd_lets_nobody_in_without_a_certificate_nor_by_a_wrong_password(head:
         assert b" 200 " not in plain.recv(100)
 
 
-def test_nats_takes_the_certificate_for_the_user(head: Head, node: Membership) -> None:
-    with nats(head, node.identity) as one:
+def test_nats_lets_a_node_be_asked_and_answer_and_nothing_else(head: Head, node: Membership) -> None:
+    with nats(head, node.identity, node.node, node.password) as one:
         one.sendall(b"SUB scalellm_parrot.generate-1 1\r\nSUB _INBOX.x 2\r\nPING\r\n")
         assert said(one) == "PONG"
         one.sendall(b"PUB scalellm_parrot.generate-1 1\r\nx\r\nPING\r\n")
         assert "Permissions Violation for Publish" in said(one)
-    with nats(head, head.guests.head) as one:
+    mine = head.guests.plane.network
+    assert mine is not None
+    with nats(head, mine.identity, mine.user, mine.password) as one:
         one.sendall(b"SUB > 1\r\nPUB scalellm_parrot.generate-1 1\r\nx\r\nPING\r\n")
         assert said(one).startswith("MSG scalellm_parrot.generate-1")
-    stranger = Identity(node.folder / "stranger")
-    head.guests.authority.issue(stranger, "stranger")  # of the same authority, and let in by nobody
-    with nats(head, stranger) as one:
+    with nats(head, node.identity, "head", node.password) as one:
         one.sendall(b"PING\r\n")
         assert "Authorization Violation" in said(one)
+    stranger = Identity(node.folder / "stranger")
+    Authority(node.folder / "other", ENDPOINT).issue(stranger, "n1")
+    (node.folder / "stranger" / "ca.pem").write_bytes(head.guests.authority.pem)
+    assert answered(head, stranger, node) != "PONG"
+    assert answered(head, node.identity, node) == "PONG"
 
 
 def test_who_is_put_out_is_out(head: Head, tmp_path: Path) -> None:
     gone = head.join("gone", tmp_path / "gone")
     board = gone.board()
     board.put("nodes/gone", {"state": "up"})
-    with nats(head, gone.identity) as one:
+    with nats(head, gone.identity, gone.node, gone.password) as one:
         head.guests.put_out("gone")
         with pytest.raises(EndpointError):
             board.put("nodes/gone", {"state": "up"})
@@ -163,15 +167,7 @@ def test_servers_that_die_come_back_with_what_they_knew(head: Head, node: Member
 
     until(reached, 20)
 
-    def connected() -> bool:
-        try:
-            with nats(head, node.identity) as one:
-                one.sendall(b"PING\r\n")
-                return said(one) == "PONG"
-        except OSError:
-            return False
-
-    until(connected, 20)
+    until(lambda: answered(head, node.identity, node) == "PONG", 20)
 
 
 def test_a_token_lets_one_machine_in_once(head: Head, tmp_path: Path) -> None:
@@ -219,9 +215,11 @@ def test_everything_secret_is_its_owners_alone(head: Head, node: Membership) -> 
     assert stat.S_IMODE(head.guests.folder.stat().st_mode) == 0o700
     for folder in (head.guests.folder, node.folder):
         for file in folder.rglob("*"):
-            if file.name in ("password", "tokens.json", "node.json", "nats-users.conf") or "key" in file.name:
+            if (
+                file.name in ("password", "tokens.json", "node.json", "nodes.json", "network.json", "nats-users.conf")
+                or "key" in file.name
+            ):
                 assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
-    assert node.password not in (head.guests.folder / "nodes.json").read_text()
     opened_again = Guests.open(head.guests.folder, ENDPOINT)
     assert opened_again.addresses == head.guests.addresses
     with pytest.raises(ArtifactError) as found:
@@ -232,11 +230,12 @@ def test_everything_secret_is_its_owners_alone(head: Head, node: Membership) -> 
 def test_a_plane_is_what_its_folder_says(node: Membership, tmp_path: Path) -> None:
     assert Plane.open(tmp_path, ENDPOINT) == Plane(tmp_path, ENDPOINT)
     found = Plane.open(node.discovery, ENDPOINT)
-    assert found.network == Network(node.etcd, node.nats, node.identity)
+    assert found.network == Network(node.etcd, node.nats, node.identity, node.node, node.password)
     environment = found.environment()
     assert environment["ETCD_ENDPOINTS"].startswith("https://")
     assert environment["NATS_SERVER"].startswith("tls://")
     assert environment["DYN_TCP_RESPONSE_STREAM_HOST"] == "127.0.0.1"
+    assert node.password not in json.dumps(environment)
     assert "BEGIN" not in json.dumps(environment)  # keys are not for the programs that a worker starts
     (node.discovery.parent / "broken").mkdir()
     (node.discovery.parent / "broken" / "network.json").write_text("{}")
@@ -279,15 +278,25 @@ def ask(url: str, context: ssl.SSLContext, path: str, body: Any) -> tuple[int, b
 
 
 @contextlib.contextmanager
-def nats(head: Head, identity: Identity) -> Iterator[ssl.SSLSocket]:
+def nats(head: Head, identity: Identity, user: str, password: str) -> Iterator[ssl.SSLSocket]:
     """A connection by NATS's own protocol: its greeting is plain, then TLS, then lines."""
     with socket.create_connection((HOST, head.guests.addresses.nats), timeout=10) as raw:
         greeting = json.loads(line(raw).removeprefix("INFO "))
         assert greeting["tls_required"]
         with identity.client_context().wrap_socket(raw, server_hostname=HOST) as connection:
-            told = {"verbose": False, "pedantic": False, "tls_required": True, "auth_token": TOKEN}
+            told = {"verbose": False, "pedantic": False, "tls_required": True, "user": user, "pass": password}
             connection.sendall(f"CONNECT {json.dumps(told)}\r\n".encode())
             yield connection
+
+
+def answered(head: Head, identity: Identity, node: Membership) -> str:
+    """What NATS says to the node's user with this certificate; nothing where it hangs up."""
+    try:
+        with nats(head, identity, node.node, node.password) as one:
+            one.sendall(b"PING\r\n")
+            return said(one)
+    except OSError:
+        return ""
 
 
 def said(connection: socket.socket) -> str:

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from toolchain.errors import EndpointError, RejectedError
 
 _UNAUTHENTICATED = 16  # https://grpc.github.io/grpc/core/md_doc_statuscodes.html
+_OLD = "revision of auth store is old"
 _READ, _READWRITE = "READ", "READWRITE"
 ROOT = "root"
 """The user that etcd demands before it checks anybody."""
@@ -66,9 +67,9 @@ class Etcd:
                 try:
                     return self._post(path, body)
                 except AnswerError as error:
-                    if error.code != _UNAUTHENTICATED or not self._user:
+                    if not self._user or (error.code != _UNAUTHENTICATED and _OLD not in str(error)):
                         raise
-                self._log_in()  # it forgets who asked when it starts again, and after some minutes
+                self._log_in()  # it forgets who asked when it starts again, after some minutes, and with a new user
                 return self._post(path, body)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 self._connection.close()

@@ -44,7 +44,7 @@ class Membership:
     etcd: str
     nats: str
     password: str
-    """For the board; Dynamo shows the certificate alone."""
+    """For the board and NATS."""
 
     @property
     def identity(self) -> Identity:
@@ -62,7 +62,7 @@ class Membership:
 
     def keep(self) -> None:
         told = {name: getattr(self, name) for name in _KEPT}
-        Network(self.etcd, self.nats, self.identity).write(self.discovery)
+        Network(self.etcd, self.nats, self.identity, self.node, self.password).write(self.discovery)
         write_private(self.folder / _FILE, json.dumps(told).encode())
 
     @classmethod

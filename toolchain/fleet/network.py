@@ -11,7 +11,7 @@ import fcntl
 import json
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,16 +103,17 @@ class Guests:
     def plane(self) -> Plane:
         """The front's."""
         answers = (self.addresses.host, self.addresses.answers)
-        return Plane(self.folder, self.endpoint, Network(**self.urls, identity=self.head, answers=answers))
+        network = Network(**self.urls, identity=self.head, user=HEAD, password=self._password, answers=answers)
+        return Plane(self.folder, self.endpoint, network)
 
     def etcd(self, *, known: bool = True) -> Etcd:
         """As the head; not ``known``: before etcd checks who asks."""
-        user, password = (HEAD, self._password_file.read_text(encoding="ascii")) if known else ("", "")
+        user, password = (HEAD, self._password) if known else ("", "")
         return Etcd(self.urls["etcd"], self.head.client_context(nameless=True), user=user, password=password)
 
     def guard(self) -> None:
         """A new etcd is told whom it may trust. Raises EndpointError."""
-        guard(self.etcd(known=False), HEAD, self._password_file.read_text(encoding="ascii"))
+        guard(self.etcd(known=False), HEAD, self._password)
 
     def board(self) -> EtcdBoard:
         return EtcdBoard(self.etcd(), self.endpoint)
@@ -134,7 +135,7 @@ class Guests:
             if node in nodes:
                 raise RejectedError(f"a node named {node} is there already", hint="scalellm deploy join --name NAME")
             let_in(self.etcd(), node, password, self.endpoint, DYNAMO)
-            nodes[node] = {"since": round(time.time())}
+            nodes[node] = {"since": round(time.time()), "password": password}
             self._tell_nats(nodes)
         given = {"certificate": certificates.named.decode("ascii"), "nameless": certificates.nameless.decode("ascii")}
         return {"node": node, **given, "password": password, **self.urls}
@@ -168,11 +169,18 @@ class Guests:
             yield nodes
             write_private(self.folder / "nodes.json", json.dumps(nodes).encode())
 
-    def _tell_nats(self, nodes: Iterable[str]) -> None:
+    def _tell_nats(self, nodes: Mapping[str, Mapping[str, Any]]) -> None:
         """Writes its users, and tells the server, where it runs."""
-        servers.write_nats_users(self.folder, {HEAD: {}, **dict.fromkeys(nodes, NATS_MAY)})
+        users: list[dict[str, Any]] = [{"user": HEAD, "password": self._password}]
+        for node, one in nodes.items():
+            users.append({"user": node, "password": one["password"], "permissions": NATS_MAY})
+        servers.write_nats_users(self.folder, users)
         if (pid := self.folder / servers.NATS_PID).exists():
             runner.run([servers.find("nats-server"), "--signal", f"reload={pid}"], check=False, timeout_s=10)
+
+    @property
+    def _password(self) -> str:
+        return self._password_file.read_text(encoding="ascii")
 
     @property
     def _password_file(self) -> Path:

@@ -25,11 +25,7 @@ LEASE_S = 10
 _LOG = "error"
 """Dynamo tells each request on standard error all the same: who has a terminal there sends it elsewhere."""
 _NETWORK = "network.json"
-NO_NATS_USER = "certificate"
-"""Dynamo names a user to NATS unless it has a token; NATS takes the user from the certificate, refuses one that is
-named beside it, and looks at no token (measured with nats-server 2.9.10).
-"""
-_SECRET = ("ETCD_AUTH_CA", "ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_CLIENT_KEY")
+_TEXTS = ("ETCD_AUTH_CA", "ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_CLIENT_KEY")
 """Dynamo wants these files' text, not their paths."""
 
 
@@ -46,6 +42,9 @@ class Network:
     nats: str
     """tls://HOST:PORT"""
     identity: Identity
+    user: str
+    password: str
+    """For NATS; etcd takes the certificate's name for the user."""
     answers: tuple[str, int] | None = None
     """The front's: an address of this machine, under which workers reach it, and a port; None for a worker."""
 
@@ -58,7 +57,6 @@ class Network:
             "ETCD_KEEPALIVE_INTERVAL_SECONDS": "5",
             "ETCD_KEEPALIVE_TIMEOUT_SECONDS": "3",
             "NATS_SERVER": self.nats,
-            "NATS_AUTH_TOKEN": NO_NATS_USER,
             "NATS_TLS_CA_CERT_PATH": str(mine.authority),
             "NATS_TLS_CLIENT_CERT_PATH": str(mine.certificate),
             "NATS_TLS_CLIENT_KEY_PATH": str(mine.key),
@@ -82,13 +80,14 @@ class Network:
         """Read while a runtime begins, and taken from the environment then. Raises ArtifactError."""
         files = (self.identity.authority, self.identity.certificate, self.identity.key)
         try:
-            return {name: file.read_text(encoding="ascii") for name, file in zip(_SECRET, files, strict=True)}
+            found = {name: file.read_text(encoding="ascii") for name, file in zip(_TEXTS, files, strict=True)}
         except (OSError, ValueError) as error:
             raise ArtifactError(f"{self.identity.folder}: not a usable identity: {error}") from error
+        return {**found, "NATS_AUTH_USERNAME": self.user, "NATS_AUTH_PASSWORD": self.password}
 
     def write(self, folder: Path) -> None:
         """Beside it in ``folder``, for the processes that are told this folder."""
-        told = {"etcd": self.etcd, "nats": self.nats, "identity": str(self.identity.folder), "answers": self.answers}
+        told = {**vars(self), "identity": str(self.identity.folder)}
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_private(folder / _NETWORK, json.dumps(told).encode())
 
@@ -98,7 +97,8 @@ class Network:
         try:
             told = json.loads((folder / _NETWORK).read_text(encoding="utf-8"))
             answers = (str(told["answers"][0]), int(told["answers"][1])) if told["answers"] else None
-            return cls(str(told["etcd"]), str(told["nats"]), Identity(Path(told["identity"])), answers)
+            texts = {name: str(told[name]) for name in ("etcd", "nats", "user", "password")}
+            return cls(**texts, identity=Identity(Path(told["identity"])), answers=answers)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
@@ -147,11 +147,12 @@ class Plane:
         loop = asyncio.get_running_loop()
         if self.network is None:
             return DistributedRuntime(loop, "file", "tcp")
-        os.environ.update(self.network.secrets())
+        secrets = self.network.secrets()
+        os.environ.update(secrets)
         try:
             return DistributedRuntime(loop, "etcd", "nats")
         finally:
-            for name in _SECRET:  # not for the programs that this process starts
+            for name in secrets:  # not for the programs that this process starts
                 del os.environ[name]
 
 
