@@ -209,6 +209,15 @@ def test_at_max_an_update_takes_one_down_first() -> None:
     assert world.running() == [("a", 2), ("a", 2)]
 
 
+def test_a_trial_that_has_its_place_takes_no_other() -> None:
+    world = World(wish(0, 2), load=Load(tokens=150, idle_s=0))
+    world.settle()
+    world.wish = replace(world.wish, next=2)
+    least = min(world.step() and world.ready() for _ in range(14))
+    assert least == 1
+    assert [version for _, version in world.running()] == [2, 2]
+
+
 def test_an_update_that_may_not_take_one_down_waits_and_says_why() -> None:
     world = World(wish(2, 2))
     world.settle()

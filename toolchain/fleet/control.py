@@ -61,7 +61,7 @@ class _Round:
         self._remove(blocked)
         self._finish()
         if self.desired != self.memory.desired:
-            self._say("scaled", f"{self.desired} replicas are wanted (load: {load.tokens} tokens in flight)")
+            self._say("scaled", f"replicas wanted: {self.desired} (load: {load.tokens} tokens in flight)")
         if self.waits and self.waits != self.memory.waits:
             self._say("waits", self.waits)
         return self._decision(wanted)
@@ -179,13 +179,17 @@ class _Round:
         return min(self.wish.scale.max, self.desired + 1) if updating else self.wish.scale.max
 
     def _add(self) -> bool:
-        """Whether one more was wanted and had no place. A trial comes before all but the last of those that must be."""
-        if self._trial() and not any(one.version == self.next for one in self.placed.values()):
+        """Whether the update's next step had no place. A trial comes before all but those that must be."""
+        if not self._trial():
+            return not self._fill(self.desired)
+        blocked = False
+        if not any(one.version == self.next for one in self.placed.values()):
             self._fill(self.wish.floor)
             assert self.next is not None
-            if not self._start(self.next, anywhere=True):
-                return True
-        return not self._fill(self.desired)
+            blocked = not self._start(self.next, anywhere=True)
+        if not blocked:
+            self._fill(self.desired)
+        return blocked
 
     def _fill(self, number: int) -> bool:
         """Whether there are so many of the version that stays."""
