@@ -60,7 +60,7 @@ def test_nodes_replicas_cost_and_events_are_shown(browser: Browser, door: Gatewa
         expect(west.get_by_role("meter", name="KV cache")).to_have_count(2)
         expect(page.locator('[data-node="home"]')).to_contain_text("loads its engine")
         expect(page.locator('[data-node="home"]')).to_contain_text("bert")
-        expect(page.locator('[data-node="spare"] .free')).to_have_count(2)
+        expect(page.locator('[data-node="spare"] .free')).to_have_text("2 more replicas would fit")
         expect(page.locator(".events li").first).to_contain_text("which is gone")
         page.get_by_role("button", name="Chat", exact=True).click()
         expect(page.get_by_label("Message", exact=True)).to_be_visible()

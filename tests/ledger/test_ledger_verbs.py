@@ -64,7 +64,8 @@ def test_a_report_adds_up_by_what_is_asked_for(work: Path) -> None:
     assert [(line["day"], line["requests"]) for line in table] == [("1970-01-01", "6"), ("1970-01-02", "3")]
     late = json.loads(asked(work, "report", "my-llama", "--since", "1970-01-02", "--json").output)
     assert late["total"]["requests"] == 3
-    assert "total" in asked(work, "report", "my-llama").output
+    shown = asked(work, "report", "my-llama", "--by", "provider,node,device,replica,day").output
+    assert all(word in shown for word in ("gpu seconds", "earned usd", "1970-01-02", "total", "0.021999999999"))
 
 
 @pytest.mark.parametrize(

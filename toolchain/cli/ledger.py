@@ -130,9 +130,11 @@ def report(
         click.echo(found.csv(), nl=False)
         return
     screen.emit({"by": list(by), "groups": list(found.lines()), "total": found.total.columns()})
+    columns = (*by, *(name.replace("_", " ") for name in COLUMNS))
     lines = [[str(value) for value in line.values()] for line in found.lines()]
-    total = ["total", *[""] * (len(by) - 1), *map(str, found.total.columns().values())]
-    screen.table("", (*by, *(name.replace("_", " ") for name in COLUMNS)), [*lines, total])
+    lines.append(["total", *[""] * (len(by) - 1), *map(str, found.total.columns().values())])
+    width = sum(max(map(len, column)) + 2 for column in zip(columns, *lines, strict=True))
+    screen.table("", columns, lines, width=width)  # nothing of it is left out: elsewhere it wraps
 
 
 def _names(text: str, param: click.Parameter) -> tuple[str, ...]:

@@ -89,7 +89,7 @@ function card(node, rolling) {
       el("span", { class: "amount" }, speed ? `${whole(speed)} tokens/s` : "")),
     el("ul", { class: "slots" },
       ...node.replicas.map((one) => slot(one, rolling)),
-      ...Array.from({ length: free }, () => el("li", { class: "slot free" }, "free place"))));
+      free ? el("li", { class: "slot free" }, `${plural(free, "more replica")} would fit`) : null));
 }
 
 function slot(one, rolling) {
