@@ -99,6 +99,11 @@ def test_containers_write_to_nothing_but_what_they_are_given(export: Export) -> 
         assert name in ("prometheus", "grafana") or service["user"].startswith("${SCALELLM_UID")
 
 
+def test_a_dollar_in_a_command_is_not_compose_s_to_fill_in(export: Export) -> None:
+    address = "scalellm-toolchain @ https://example.com/a$HOME/x.whl"
+    assert address.replace("$", "$$") in services(export, DEPLOYMENT, "--install", address)["engine"]["command"][-1]
+
+
 def test_several_kinds_of_gpu_are_refused(export: Export) -> None:
     with pytest.raises(PlanError, match="compose is for the GPUs of one machine") as found:
         export("compose", DEPLOYMENT.replace("[rtx4090]", "[rtx4090, l4]"))

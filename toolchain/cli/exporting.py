@@ -13,7 +13,9 @@ from toolchain.errors import RecipeError
 if TYPE_CHECKING:
     from toolchain.console import Screen
     from toolchain.exports.prices import Offer
-    from toolchain.exports.wanted import Wanted
+    from toolchain.exports.wanted import Packaged, Wanted
+    from toolchain.fleet.deployment import Deployment
+    from toolchain.registry import Store
 
 _FORMATS = ("skyserve", "kubernetes", "compose")
 
@@ -111,24 +113,16 @@ def _wanted(
     from toolchain import __version__
     from toolchain.device import device
     from toolchain.exports import commands
-    from toolchain.exports.wanted import Packaged, Wanted, kinds_of, named_for
+    from toolchain.exports.wanted import Wanted, kinds_of, named_for
     from toolchain.fleet.deployment import load_deployment
     from toolchain.problems import read_text
-    from toolchain.recipe import load_recipe
-    from toolchain.registry import Folder, Reference, open_store
+    from toolchain.registry import Folder, open_store
 
     deployment = load_deployment(file)
     store = open_store(registry)
     is_folder = isinstance(store, Folder)
     _check_registry(registry, format_, claim, is_folder=is_folder)
-    recipes = {name: load_recipe(name) for name in deployment.recipes}
-    spelled = {**{recipe.name: name for name, recipe in recipes.items()}, **{name: name for name in recipes}}
-    chosen = named_for(packages, spelled, "--package")
-    packaged = {}
-    for name, recipe in recipes.items():
-        packaged[name] = Packaged.read(store, Reference.parse(chosen.get(name, chosen.get("", recipe.name))), recipe)
-        if packaged[name].unverified:
-            screen.note(f"note: {recipe.name}: its server will refuse it: {packaged[name].unverified}")
+    packaged = _packages(screen, deployment, store, packages)
     devices = {str(one.passport["device"]): str(one.passport["device"]) for one in packaged.values()}
     kinds = kinds_of(deployment, packaged, named_for(images, devices, "--image"))
     cpu = any(device(name).is_cpu for name in devices)
@@ -150,6 +144,24 @@ def _wanted(
         spot=not on_demand,
         **more,
     )
+
+
+def _packages(screen: Screen, deployment: Deployment, store: Store, packages: tuple[str, ...]) -> dict[str, Packaged]:
+    """The package of each recipe, by the recipe as the deployment names it."""
+    from toolchain.exports.wanted import Packaged, named_for
+    from toolchain.recipe import load_recipe
+    from toolchain.registry import Reference
+
+    recipes = {name: load_recipe(name) for name in deployment.recipes}
+    spelled = {**{recipe.name: name for name, recipe in recipes.items()}, **{name: name for name in recipes}}
+    chosen = named_for(packages, spelled, "--package")
+    found = {}
+    for name, recipe in recipes.items():
+        reference = Reference.parse(chosen.get(name, chosen.get("", recipe.name)))
+        found[name] = Packaged.read(store, reference, recipe)
+        if found[name].unverified:
+            screen.note(f"note: {recipe.name}: its server will refuse it: {found[name].unverified}")
+    return found
 
 
 def _check_registry(registry: str, format_: str, claim: str, *, is_folder: bool) -> None:

@@ -85,7 +85,7 @@ def _ours(kind: Kind, command: tuple[str, ...], **more: Any) -> dict[str, Any]:
     """A container of ours: as the user who starts it, with nothing to write but the models' folder and /tmp."""
     return {
         "image": kind.image,
-        "command": list(command),
+        "command": [word.replace("$", "$$") for word in command],  # compose fills in what begins with one
         "user": "${SCALELLM_UID:-1000}:${SCALELLM_GID:-1000}",
         "environment": {"HOME": "/tmp"},
         "volumes": [{"type": "bind", "source": "./models", "target": ROOT}],
