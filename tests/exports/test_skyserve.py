@@ -16,7 +16,7 @@ from tests.exports.packages import DEPLOYMENT, push
 from toolchain import workspace
 from toolchain.device import devices
 from toolchain.errors import PlanError
-from toolchain.exports.skyserve import KEYS
+from toolchain.exports.commands import KEYS_SECRET as KEYS
 
 PYTHON = os.environ.get("SCALELLM_SKY", "")
 needs_sky = pytest.mark.skipif(not PYTHON, reason="no SkyPilot: make test-sky")

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from toolchain.exports.wanted import Kind, Wanted
 
 KEYS_FILE = "gateway-keys.json"
+KEYS_SECRET = "SCALELLM_GATEWAY_KEYS"
+"""Where a file cannot be given, what is in it: in the environment."""
 START_S = 1800.0
 """Until an engine must have answered first: our choice, for weights that come over a network's disk."""
 PORT, PREDICT_PORT = 8080, 2345

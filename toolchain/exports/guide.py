@@ -6,12 +6,12 @@ import shlex
 from collections.abc import Sequence
 
 from toolchain.exports import commands
-from toolchain.exports.commands import KEYS_FILE
+from toolchain.exports.commands import KEYS_FILE, KEYS_SECRET
 from toolchain.exports.wanted import Wanted
 
 
 def skyserve(wanted: Wanted, notes: Sequence[str]) -> str:
-    secrets = [f'--secret SCALELLM_GATEWAY_KEYS="$(cat {KEYS_FILE})"']
+    secrets = [f'--secret {KEYS_SECRET}="$(cat {KEYS_FILE})"']
     secrets += [f"--secret {name}" for name in commands.credentials(wanted)]
     return _document(
         wanted,

@@ -16,12 +16,10 @@ from toolchain import workspace
 from toolchain.document import yaml_text
 from toolchain.errors import PlanError
 from toolchain.exports import commands, guide
-from toolchain.exports.commands import KEYS_FILE, PORT, START_S
+from toolchain.exports.commands import KEYS_FILE, KEYS_SECRET, PORT, START_S
 from toolchain.exports.wanted import Kind, Wanted
 from toolchain.units import GIB
 
-KEYS = "SCALELLM_GATEWAY_KEYS"
-"""The secret that holds the file of hashed API keys; ``sky serve up --secret`` is given it."""
 _ROOT, _HOME = "@HOME@", '"$HOME"/scalellm'
 _REGISTRY = "~/scalellm-registry"
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
@@ -85,7 +83,7 @@ def service(wanted: Wanted) -> dict[str, Any]:
             "ports": PORT,
         },
         "resources": resources,
-        "secrets": dict.fromkeys([KEYS, *commands.credentials(wanted)]),
+        "secrets": dict.fromkeys([KEYS_SECRET, *commands.credentials(wanted)]),
         **registry,
         "setup": _setup(wanted),
         "run": _run(wanted),
@@ -145,7 +143,7 @@ def _setup(wanted: Wanted) -> str:
 
 def _run(wanted: Wanted) -> str:
     keys = f"{_ROOT}/{KEYS_FILE}"
-    write = f'(umask 077 && printf %s "${KEYS}" > {keys})'
+    write = f'(umask 077 && printf %s "${KEYS_SECRET}" > {keys})'
     serve = commands.serve(wanted, _ROOT, "NAME", keys=keys, server="path", predict=False)
     exec_ = "exec " + shlex.join(serve).replace("/NAME/", '/"${package%%@*}"/')
     return commands.script([_chosen(wanted), write, exec_], _HOME)
