@@ -235,3 +235,9 @@ def test_doctor_looks_at_this_machine(scalellm, tmp_path):
     by_name = {finding["name"]: finding for finding in findings}
     assert by_name["python"]["ok"]
     assert by_name["tritonserver"]["ok"], by_name["tritonserver"]
+
+
+def test_serve_with_a_gateway_takes_no_log_of_its_own(scalellm, tmp_path):
+    done = scalellm("serve", "--repository", tmp_path, "--gateway", "--log", tmp_path / "mine.log")
+    assert done.returncode == 2
+    assert "--log goes without --gateway" in done.stderr

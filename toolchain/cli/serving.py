@@ -100,6 +100,8 @@ def serve(
     from toolchain.stages import serve as stage
     from toolchain.variant import for_device
 
+    if gateway and log:
+        raise click.UsageError("--log goes without --gateway, which reads what the engine writes beside triton.log.")
     screen = open_screen(json_output, verbose)
     settings, loaded = Serve(), None
     if recipe is not None:
@@ -117,8 +119,6 @@ def serve(
         grpc=grpc_port or settings.grpc_port,
         metrics=metrics_port or settings.metrics_port,
     )
-    if gateway and log:
-        raise click.UsageError("--log goes without --gateway, which reads what the engine writes beside triton.log.")
     address, front = host or settings.host, None
     if gateway:  # then --host is the gateway's, and Triton itself is reached from this machine only
         front = doors.front(repository, ports, host=address, work=work, **front_flags)
