@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -73,6 +75,21 @@ def test_each_event_is_one_line_of_json_and_the_last_is_done() -> None:
     assert chunks[2].choices[0].delta.content == "a\n\nb"
     assert chunks[3].choices[0].finish_reason == "stop"
     assert chunks[4].usage == used
+
+
+@pytest.mark.parametrize("tokens", [(), (Token('"choices":[]', -0.5),)])
+@pytest.mark.parametrize("finish", [None, "stop"])
+def test_a_chunk_is_what_the_package_itself_would_write(tokens: tuple[Token, ...], finish: Any) -> None:
+    text, model = 'a "choices":[]\n\u2028é', replace(MODEL, name='m "choices":[]')
+    piece = Piece(1, text, tokens, finish)
+    for shape, kind in ((Chat(model), ChatCompletionChunk), (Completion(model), CompletionObject)):
+        for event in shape.piece(piece).decode().removesuffix("\n\n").split("\n\n"):
+            told = json.loads(event.removeprefix("data: "))
+            made: Any = kind.construct(**told)
+            assert json.loads(made.model_dump_json(exclude_unset=True)) == told
+            assert (made.model, made.id, made.created) == (model.name, shape.id, shape.common["created"])
+            if kind is ChatCompletionChunk or finish:  # OpenAI's completions have null there, which their type has not
+                kind.model_validate(told, strict=True)
 
 
 def test_a_prompt_counts_once_for_all_its_answers() -> None:
