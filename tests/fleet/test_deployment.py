@@ -55,6 +55,7 @@ def test_what_is_left_out_has_a_value(tmp_path: Path) -> None:
         ("endpoint: a\nrecipes: [tiny]\nprices: {cpu: -1}\n", r"yaml:3: prices.cpu"),
         ("endpoint: a\nrecipes: [tiny]\nports: {openai: 2345}\n", r"ports.predict: the same port as openai"),
         ("endpoint: a\nrecipes: [tiny]\nports: {grpc: 8080}\n", r"ports.grpc: the same port as openai"),
+        ("endpoint: a\nrecipes: [tiny]\nnetwork: {host: h, etcd: 7600}\n", r"yaml:3: network: .* four different"),
         ("endpoint: a\nrecipes: [tiny]\ndrain_seconds: -1\n", r"yaml:3: drain_seconds"),
     ],
 )
@@ -64,11 +65,11 @@ def test_a_mistake_is_named_with_its_line(tmp_path: Path, text: str, said: str) 
     assert re.search(said, "\n".join(map(str, found.value.problems)))
 
 
-def test_other_machines_are_not_in_this_release(scalellm: Run, tmp_path: Path) -> None:
+def test_a_deployment_says_where_it_runs(scalellm: Run, tmp_path: Path) -> None:
     found = scalellm("deploy", str(written(tmp_path, "endpoint: a\nrecipes: [tiny]\n")))
     assert found.returncode == RecipeError("").exit_code
-    assert "not in it" in found.stderr
     assert "--local" in found.stderr
+    assert "network: {host: ADDRESS}" in found.stderr
 
 
 def test_where_nothing_runs_status_and_down_say_so(scalellm: Run, tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from toolchain.errors import EndpointError, RecipeError, RejectedError
 from toolchain.fleet import asking
 from toolchain.fleet.board import FolderBoard
 from toolchain.fleet.deployment import Deployment, Replicas
-from toolchain.fleet.head import Head, Surroundings, first_spec
+from toolchain.fleet.head import Head, Surroundings
 from toolchain.fleet.traffic import Course, Lane, Traffic
+from toolchain.fleet.versions import first_spec, resumed
 
 SCALING = Deployment(endpoint="e", recipes=("r",), replicas=Replicas(min=2, max=3, max_unavailable=1)).scaling
 
@@ -160,6 +161,29 @@ def test_of_two_updates_the_second_waits_for_its_turn(scene: Scene) -> None:
     seen = asking.events(scene.around.events, 0, lambda: False)
     with pytest.raises(RejectedError, match="version 2 is given up, version 1 stays"):
         asking.outcome(seen, lambda _event: None)
+
+
+def test_an_endpoint_that_is_deployed_again_goes_on_with_what_runs(scene: Scene) -> None:
+    scene.rounds()
+    found = scene.board.read("spec")["spec"]
+    same = resumed(found, "e", {"lane": "e-old"}, {**SCALING, "max": 7})
+    assert (same["current"], same["next"], same["max"]) == (1, None, 7)
+    other = resumed(found, "e", {"lane": "e-new"}, SCALING)
+    assert (other["current"], other["next"], other["last"]) == (1, 2, 2)
+    assert [one["lane"] for one in other["versions"]] == ["e-old", "e-new"]
+    assert resumed(None, "e", {"lane": "e-old"}, SCALING) == scene.spec | {"desired": 0}
+
+
+def test_at_the_end_nothing_is_wanted_of_any_node(scene: Scene) -> None:
+    scene.rounds()
+    ending = threading.Thread(target=scene.head.end, args=(20,))
+    ending.start()
+    while scene.assigned():
+        time.sleep(0.02)
+    assert ending.is_alive(), "what drains is waited for"
+    scene.tell()
+    ending.join(10)
+    assert not ending.is_alive()
 
 
 def test_what_cannot_be_is_refused_and_changes_nothing(scene: Scene) -> None:

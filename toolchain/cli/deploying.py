@@ -57,6 +57,8 @@ def deploy() -> None:
       max_queue: 64
       ports: {openai: 8080, predict: 2345, grpc: 8001}
       conformance: true         # each replica is checked before it takes requests
+      network: {host: 203.0.113.7}    # other machines join here: etcd, NATS and a door with TLS
+      registry: s3://bucket/models    # where they fetch their engines
 
     \b
     Examples:
@@ -76,7 +78,7 @@ for _verb in (exporting.export, operating.status, operating.scale, operating.log
 
 @deploy.command("up", hidden=True)
 @click.argument("file", type=PATH, metavar="DEPLOYMENT.yaml")
-@click.option("--local", is_flag=True, help="On this machine: the only place that this release knows.")
+@click.option("--local", is_flag=True, help="On this machine alone, whatever network the file names.")
 @click.option("--insecure-open", is_flag=True, help="Let other machines in without any API key.")
 @_unverified_flag
 @doors.keys_flag
@@ -89,11 +91,13 @@ def up(file: Path, local: bool, work: Path, keys: Path | None, json_output: bool
     Example:
       scalellm deploy DEPLOYMENT.yaml --local
     """
-    from toolchain.fleet.deployment import load_deployment, must_be_local
+    from toolchain.fleet.deployment import load_deployment, must_have_a_place
 
     screen = open_screen(json_output, verbose)
     deployment = load_deployment(file)
-    must_be_local(local)
+    must_have_a_place(deployment, local)
+    if local:
+        deployment = deployment.model_copy(update={"network": None})
     require_libraries()
     repositories = [admitted(screen, recipe, work, flags["allow_unverified"]) for recipe in deployment.recipes]
     run(screen, deployment, repositories, work, keys=keys, **flags)

@@ -54,6 +54,21 @@ class Ports(Section):
     """KServe over gRPC; false for none."""
 
 
+class Network(Section):
+    """For nodes on other machines: where they reach this one. Without it the endpoint is this machine's alone."""
+
+    host: Text
+    """An address of this machine, under which the others reach it; its firewall lets the four ports in."""
+    names: Annotated[tuple[Text, ...], Field(max_length=16, strict=False)] = ()
+    """Further names and addresses of it."""
+    door: Port = 7600
+    """At which machines with a token join."""
+    etcd: Port = 7601
+    nats: Port = 7602
+    answers: Port = 7603
+    """To which workers bring their answers."""
+
+
 class Deployment(Section):
     """A checked DEPLOYMENT.yaml."""
 
@@ -68,6 +83,9 @@ class Deployment(Section):
     """Requests that wait for a place; more get 429."""
     host: Text = "127.0.0.1"
     ports: Ports = Ports()
+    network: Network | None = None
+    registry: Text | None = None
+    """A folder, or an address that fsspec opens, where nodes on other machines fetch their engines by content."""
     conformance: bool = False
     """Ask each replica the conformance suite before it takes requests."""
     prices: dict[Text, Usd] = Field(default_factory=dict)
@@ -121,6 +139,10 @@ def _contradictions(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], 
         yield ("ports", "predict"), "the same port as openai"
     if (grpc := ports.get("grpc", 8001)) in (ports.get("openai", 8080), ports.get("predict", 2345)) and grpc:
         yield ("ports", "grpc"), "the same port as openai or predict"
+    inner = _section(data, "network")
+    used = [inner.get(name, Network.model_fields[name].default) for name in ("door", "etcd", "nats", "answers")]
+    if inner and len(set(used)) < len(used):
+        yield ("network",), "door, etcd, nats and answers need four different ports"
 
 
 def _section(data: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -128,10 +150,11 @@ def _section(data: Mapping[str, Any], key: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def must_be_local(local: bool) -> None:
-    """Raises RecipeError where other machines are asked for."""
-    if not local:
+def must_have_a_place(deployment: Deployment, local: bool) -> None:
+    """Raises RecipeError where nothing says on which machines its replicas are to run."""
+    if not local and deployment.network is None:
         raise RecipeError(
-            "this release deploys to this machine alone: renting machines and `deploy join` are not in it",
-            hint="scalellm deploy DEPLOYMENT.yaml --local",
+            "where are its replicas to run? On this machine: --local. On machines that join it: name the address of "
+            "this one under which they reach it. This release rents no machines itself",
+            hint="scalellm deploy DEPLOYMENT.yaml --local   # or in the file:  network: {host: ADDRESS}",
         )

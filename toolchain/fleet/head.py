@@ -57,7 +57,7 @@ class Head:
     """``run`` in a thread of its own. ``asked`` is set when somebody asks for the end through the board."""
 
     def __init__(self, spec: Mapping[str, Any], around: Surroundings) -> None:
-        """``spec``: the endpoint as wanted, with one version at least; see ``first_spec``."""
+        """``spec``: the endpoint as wanted, with one version at least; see ``versions.first_spec``."""
         self.asked = threading.Event()
         self._spec = dict(spec)
         self._around = around
@@ -122,6 +122,16 @@ class Head:
         self._steer(found)
         self._tell(found)
         return found
+
+    def end(self, timeout_s: float) -> None:
+        """Nothing is wanted of any node any more; returns when nothing runs there, or the time is up. Raises
+        EndpointError where the board cannot be reached.
+        """
+        board, until = self._around.board, time.monotonic() + timeout_s
+        for key in board.read("assigned/"):
+            board.put(key, {"replicas": []})
+        while any(told["replicas"] for told in board.read("nodes/").values()) and time.monotonic() < until:
+            time.sleep(ROUND_S)
 
     # what is wanted
 
@@ -255,19 +265,6 @@ class Head:
         if not self._reached:
             self._around.progress.note("the endpoint's board is reached again")
         self._reached = True
-
-
-def first_spec(endpoint: str, version: Version, scaling: Mapping[str, Any]) -> dict[str, Any]:
-    """An endpoint with its first version. ``scaling``: see ``Deployment.scaling``."""
-    return {
-        "endpoint": endpoint,
-        "versions": [{**version, "version": 1}],
-        "current": 1,
-        "next": None,
-        "last": 1,
-        "desired": 0,
-        **scaling,
-    }
 
 
 def _seen(nodes: Mapping[str, Mapping[str, Any]]) -> Iterator[NodeSeen]:

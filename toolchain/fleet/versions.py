@@ -6,6 +6,7 @@ On one machine. The machine that clients ask needs a repository of each version 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +17,13 @@ from toolchain import accuracy, workspace
 from toolchain.admission import ENGINE
 from toolchain.engine import Passport
 from toolchain.errors import ArtifactError
-from toolchain.fleet import membership
+from toolchain.fleet import membership, packages
 from toolchain.fleet.deployment import Deployment
 from toolchain.fleet.texts import Parameters, Texts
 from toolchain.fleet.traffic import Lane
 from toolchain.gateway.settings import Model
 from toolchain.progress import Progress
+from toolchain.registry import Folder
 from toolchain.repository import Repository
 
 ModelOf = Callable[[Path], Model]
@@ -37,9 +39,10 @@ def version_of(
     for repository in repositories[1:]:
         membership.checked_passport(repository, identity)
     _note_limits(passports[0], progress)
-    return {
+    keep = [kept(one, folder) for one in repositories]
+    found: dict[str, Any] = {
         "recipes": list(deployment.recipes),
-        "repositories": [str(kept(one, folder)) for one in repositories],
+        "repositories": [str(one) for one in keep],
         "identity": identity,
         "lane": f"{deployment.endpoint}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}",
         "drain_seconds": deployment.drain_seconds,
@@ -47,6 +50,14 @@ def version_of(
         "conformance": deployment.conformance,
         "allow_unverified": allow_unverified,
     }
+    if deployment.registry is not None:
+        shelf, name = Folder(folder / "shelf"), deployment.endpoint
+        found[packages.PACKAGES] = [
+            packages.offer(repository, name, passport.device, shelf, deployment.registry, progress)
+            for repository, passport in zip(keep, passports, strict=True)
+        ]
+        found[packages.REGISTRY] = deployment.registry
+    return found
 
 
 def provided(version: Mapping[str, Any], replica: str) -> Path:
@@ -100,3 +111,40 @@ def lane_of(version: Mapping[str, Any], model_of: ModelOf | None) -> Lane:
         int(parameters["bls_max_concurrent_requests"]),
         model_of(repository) if model_of is not None else None,
     )
+
+
+def first_spec(endpoint: str, version: Mapping[str, Any], scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """An endpoint with its first version. ``scaling``: see ``Deployment.scaling``."""
+    return {
+        "endpoint": endpoint,
+        "versions": [{**version, "version": 1}],
+        "current": 1,
+        "next": None,
+        "last": 1,
+        "desired": 0,
+        **scaling,
+    }
+
+
+def resumed(
+    found: Mapping[str, Any] | None, endpoint: str, version: Mapping[str, Any], scaling: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The same for a board that may hold an endpoint already: it goes on, and a version that is another one is rolled
+    out.
+    """
+    if found is None:
+        return first_spec(endpoint, version, scaling)
+    wanted = json.loads(json.dumps(version))
+    number = int(found["last"]) + 1
+    for one in found["versions"]:
+        if {**wanted, "version": one["version"]} == one:
+            number = int(one["version"])
+    current = int(found["current"])
+    kept = [one for one in found["versions"] if one["version"] == current != number]
+    return {
+        **found,
+        **scaling,
+        "versions": [*kept, {**wanted, "version": number}],
+        "next": None if number == current else number,
+        "last": max(int(found["last"]), number),
+    }

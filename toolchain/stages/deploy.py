@@ -20,7 +20,7 @@ from toolchain.progress import Progress
 
 if TYPE_CHECKING:
     from toolchain.fleet.agent import Agent
-    from toolchain.fleet.board import FolderBoard
+    from toolchain.fleet.board import Board, FolderBoard
     from toolchain.fleet.deployment import Deployment
     from toolchain.fleet.head import Head, Version
     from toolchain.fleet.plane import Plane
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 NODE = "local"
 _POLL_S = 0.2
+_DRAIN_MARGIN_S = 30.0
+"""For nodes on other machines to hear that they are to drain, and to end their servers."""
 _ROOM = 64
 """Replicas that this machine is taken to hold: what bounds them is the deployment."""
 VERSIONS = "versions"
@@ -44,12 +46,6 @@ class Place:
     @classmethod
     def of(cls, work: Path, endpoint: str) -> Place:
         return cls((work / "endpoints" / endpoint).resolve())
-
-    def plane(self, endpoint: str) -> Plane:
-        """Its discovery: a folder that nobody else may read."""
-        from toolchain.fleet.plane import Plane
-
-        return Plane(self.folder / "discovery", endpoint)
 
     def board(self) -> FolderBoard:
         """Where operators ask its head; on one machine it is all of the board."""
@@ -72,7 +68,8 @@ class Place:
 class Local:
     """A running endpoint of this machine."""
 
-    def __init__(self, deployment: Deployment, record: running.Record, head: Head, agent: Agent) -> None:
+    def __init__(self, deployment: Deployment, record: running.Record, head: Head, agent: Agent | None) -> None:
+        """``agent``: of this machine, where it runs replicas itself."""
         self.deployment, self.head, self.agent = deployment, head, agent
         self._record = record
         self.engines: MakeEngines
@@ -84,7 +81,7 @@ class Local:
 
     def replicas(self) -> list[dict[str, Any]]:
         """How each of this machine is, without the figures of its engine."""
-        return [_plain(one) for one in self.agent.replicas()]
+        return [_plain(one) for one in self.agent.replicas()] if self.agent is not None else []
 
     def wait(self) -> None:
         """Until it is to end; keeps the state file."""
@@ -93,9 +90,11 @@ class Local:
             self.asked.wait(_POLL_S)
 
     def wait_until_ready(self) -> None:
-        """As many replicas as it is to have at least, and one. Raises ScalellmError where the first ones fail."""
+        """As many replicas as it is to have at least, and one, where this machine runs them. Raises ScalellmError where
+        the first ones fail.
+        """
         least = max(1, self.deployment.replicas.min)
-        while sum(one["state"] == "ready" for one in self.agent.replicas()) < least:
+        while self.agent is not None and sum(one["state"] == "ready" for one in self.agent.replicas()) < least:
             if self._ended():
                 raise EndpointError("stopped before it was ready")
             if self.agent.failure is not None:
@@ -120,6 +119,13 @@ class Local:
             }
         )
 
+    def drain(self) -> None:
+        """Ends the replicas as gently as the deployment says."""
+        if self.agent is not None:
+            self.agent.drain()
+        else:
+            self.head.end(self.deployment.drain_seconds + _DRAIN_MARGIN_S)
+
     def _ended(self) -> bool:
         if self.head.failure is not None:
             raise self.head.failure
@@ -137,9 +143,10 @@ def local(
     model_of: ModelOf | None = None,
     allow_unverified: bool = False,
 ) -> Iterator[Local]:
-    """The endpoint once its first replicas are ready, for the length of a ``with`` block; drained at its end, killed
-    after an error. SIGINT and SIGTERM set ``asked``; a second one ends the drain. ``check`` is asked of each server
-    before its worker starts, where the deployment wants that. Raises ScalellmError.
+    """The endpoint for the length of a ``with`` block, once its first replicas are ready where this machine runs them
+    (with a ``network`` others do, as they join); drained at its end, killed after an error. SIGINT and SIGTERM set
+    ``asked``; a second one ends the drain. ``check`` is asked of a server before its worker starts, while its version
+    is on trial or where the deployment wants that. Raises ScalellmError.
     """
     from toolchain.fleet.plane import require
     from toolchain.fleet.versions import version_of
@@ -151,7 +158,7 @@ def local(
     _make(place)
     with ExitStack() as stack:
         record = stack.enter_context(running.Place(place.folder).hold(lambda: runs))
-        _clear(place)
+        _clear(place, keep=deployment.network is not None)
         folder = place.folder / VERSIONS
         version = version_of(deployment, repositories, folder, progress, allow_unverified=allow_unverified)
         yield stack.enter_context(_opened(deployment, version, place, record, progress, check, model_of))
@@ -167,35 +174,50 @@ def _opened(
     check: Check | None,
     model_of: ModelOf | None,
 ) -> Iterator[Local]:
-    from toolchain.fleet.agent import Agent, Maker, Node
     from toolchain.fleet.front import steered
-    from toolchain.fleet.head import Head, Surroundings, first_spec
+    from toolchain.fleet.ground import ground
+    from toolchain.fleet.head import Head, Surroundings
     from toolchain.fleet.meter import Meter
     from toolchain.fleet.traffic import Traffic
-    from toolchain.fleet.versions import lane_of, provided
+    from toolchain.fleet.versions import lane_of, resumed
     from toolchain.fleet.view import View
     from toolchain.ledger.book import FILE, Ledger
 
-    board, traffic, plane = place.board(), Traffic(), place.plane(deployment.endpoint)
-    meter = Meter(Ledger.open(place.folder / FILE, deployment.endpoint), progress.note)
-    around = Surroundings(board, traffic, lambda one: lane_of(one, model_of), place.events, progress, meter)
+    with ground(deployment, place.folder, progress) as (board, plane):
+        traffic, meter = Traffic(), Meter(Ledger.open(place.folder / FILE, deployment.endpoint), progress.note)
+        around = Surroundings(
+            board, traffic, lambda one: lane_of(one, model_of), place.events, progress, meter, place.board()
+        )
+        spec = resumed(board.read("spec").get("spec"), deployment.endpoint, version, deployment.scaling)
+        head = Head(spec, around)
+        agent = None if deployment.network else _agent(version, place, board, plane, progress, check)
+        found = Local(deployment, record, head, agent)
+        found.engines = steered(plane, traffic, meter, View(board, meter, place.events))
+        with _signals(found.asked):
+            try:
+                with _threads(head.run, *([] if agent is None else [agent.run])):
+                    found.wait_until_ready()
+                    yield found
+                found.tell("draining")
+                found.drain()
+            finally:
+                if agent is not None:
+                    agent.kill()
+                meter.close()
+
+
+def _agent(
+    version: Version, place: Place, board: Board, plane: Plane, progress: Progress, check: Check | None
+) -> Agent:
+    """This machine as a node, which the board knows from now on."""
+    from toolchain.fleet.agent import Agent, Maker, Node
+    from toolchain.fleet.versions import provided
+
     device, gpus = _device(Path(version["repositories"][0]))
-    node = Node(NODE, device=device, gpus=gpus, room=_ROOM)
     maker = Maker(place.folder, str(plane.folder), provided, progress=progress, check=check)
-    head = Head(first_spec(deployment.endpoint, version, deployment.scaling), around)
-    found = Local(deployment, record, head, Agent(node, board, maker, progress))
-    found.engines = steered(plane, traffic, meter, View(board, meter, place.events))
-    with _signals(found.asked):
-        try:
-            found.agent.round()
-            with _threads(head.run, found.agent.run):
-                found.wait_until_ready()
-                yield found
-            found.tell("draining")
-            found.agent.drain()
-        finally:
-            found.agent.kill()
-            meter.close()
+    agent = Agent(Node(NODE, device=device, gpus=gpus, room=_ROOM), board, maker, progress)
+    agent.round()
+    return agent
 
 
 @contextmanager
@@ -278,9 +300,11 @@ def _make(place: Place) -> None:
         raise ArtifactError(f"{place.folder}: cannot be written: {error.strerror}") from error
 
 
-def _clear(place: Place) -> None:
-    """What an endpoint before this one left there would be found as workers, or as wanted."""
-    for name in ("discovery", "cards", "board", "replicas", VERSIONS):
+def _clear(place: Place, *, keep: bool) -> None:
+    """What an endpoint before this one left there would be found as workers, or as wanted. ``keep``: its versions,
+    which run on other machines.
+    """
+    for name in ("discovery", "cards", "board", "replicas", *(() if keep else (VERSIONS,))):
         shutil.rmtree(place.folder / name, ignore_errors=True)
     (place.folder / "discovery").mkdir()
 
