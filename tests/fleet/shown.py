@@ -21,7 +21,7 @@ from toolchain.gateway.failures import unavailable
 from toolchain.gateway.fleet_status import FleetStatus
 from toolchain.gateway.logs import Log
 from toolchain.gateway.run import Listen, background
-from toolchain.gateway.settings import Settings
+from toolchain.gateway.settings import Model, Settings
 from toolchain.gateway.triton import Triton
 from toolchain.ledger.book import FILE, Ledger
 
@@ -81,6 +81,7 @@ class ShownEngines:
     tritons: tuple[Triton, ...] = ()
     room: int = 24
     ready: bool = True
+    model: Model | None = None
 
     async def __aenter__(self) -> Self:
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
@@ -112,7 +113,8 @@ def test_names_of_nodes_are_text_and_never_html(browser: Browser, door: Gateway,
 def test_the_fleet_fits_on_a_phone(browser: Browser, door: Gateway, shown: Shown, scheme: str) -> None:
     shown.node("a-machine-with-a-long-name.of-a-provider.example", replica("r4"), provider="p" * 60)
     shown.happened("failed", "x" * 300)
-    with page_of(browser, f"{door.root}/", color_scheme=scheme, **PHONE) as page:
+    phone: dict[str, Any] = {**PHONE, "color_scheme": scheme}
+    with page_of(browser, f"{door.root}/", **phone) as page:
         page.get_by_role("button", name="Fleet", exact=True).tap()
         expect(page.locator("[data-node]")).to_have_count(4)
         expect(page.get_by_label("Endpoint", exact=True)).not_to_be_visible()

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from toolchain.fleet import asking
 from toolchain.fleet.board import FolderBoard
 from toolchain.fleet.deployment import Deployment, Replicas
 from toolchain.fleet.head import Head, Surroundings
+from toolchain.fleet.meter import Meter
 from toolchain.fleet.traffic import Course, Lane, Traffic
 from toolchain.fleet.versions import first_spec, resumed
+from toolchain.ledger.book import Ledger
+from toolchain.ledger.totals import usages
 
 SCALING = Deployment(endpoint="e", recipes=("r",), replicas=Replicas(min=2, max=3, max_unavailable=1)).scaling
 
@@ -136,6 +140,18 @@ def test_a_node_that_says_nonsense_is_not_seen(scene: Scene) -> None:
     scene.tell("d", replicas=[{"name": "r1"}])
     scene.rounds()
     assert list(scene.board.read("assigned/")) == ["assigned/a"]
+
+
+def test_what_is_served_is_booked_to_the_node_that_was_given_the_replica(scene: Scene, tmp_path: Path) -> None:
+    meter = Meter(Ledger.open(tmp_path / "ledger", "e"))
+    scene.head = Head(scene.spec, replace(scene.around, meter=meter))
+    scene.tell("thief", room=0, replicas=[{"name": "r1", "version": 1, "state": "ready"}])
+    scene.rounds()
+    meter.answer("r1", requests=1, tokens_out=5)
+    meter.close()
+    booked = {(one.node, one.replica): one.tokens_out for one in usages(tmp_path / "ledger")}
+    assert booked["a", "r1"] == 5
+    assert {node for node, _replica in booked} == {"a"}
 
 
 def test_requests_go_to_the_new_version_once_it_takes_as_many(scene: Scene) -> None:
