@@ -14,7 +14,6 @@ from tests.gateway.behind_gateway import gateway, settings_for
 from tests.gateway.test_doors import until_ready
 from toolchain.gateway.settings import Limits
 
-pytestmark = pytest.mark.timeout(300)
 CHECKS = (
     "not_a_server_error",
     "status_code_conformance",
@@ -24,6 +23,8 @@ CHECKS = (
 )
 EXAMPLES = int(os.environ.get("SCALELLM_SCHEMA_EXAMPLES", "25"))
 """Of each path; ``make test-schema`` asks more."""
+PATIENCE_S = 240 + 4 * EXAMPLES
+pytestmark = pytest.mark.timeout(PATIENCE_S + 60)
 
 
 @pytest.mark.parametrize("door", ["OpenAI", "/predict"])
@@ -38,7 +39,7 @@ def test_schemathesis_finds_nothing(parrot: Path, served: Served, tmp_path: Path
                 "--max-examples", str(EXAMPLES), "--seed", "6", "--no-color", "--continue-on-failure",
                 "--request-timeout", "60", "--suppress-health-check", "all",
             ],
-            cwd=tmp_path, capture_output=True, text=True, check=False, timeout=280,
+            cwd=tmp_path, capture_output=True, text=True, check=False, timeout=PATIENCE_S,
         )  # fmt: skip
         assert not [line for line in found.log if line["event"] == "bug"]
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
