@@ -22,13 +22,7 @@ def parrot(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def repository(parrot: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A continued request's prompt is as long as prompt and answer: the engine takes such ones."""
-    work = tmp_path_factory.mktemp("made")
-    engine = make_engine(parrot, work / "engine", limits=replace(LIMITS, max_input_len=LIMITS.max_seq_len - 1))
-    with workspace.draft(work / "repository", "repository", {}) as draft:
-        package(engine, draft.path)
-        draft.commit(versions={}, recipe="")
-    return work / "repository"
+    return make_repository(parrot, tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture(scope="package")
@@ -36,3 +30,12 @@ def running(repository: Path, parrot: Path, tmp_path_factory: pytest.TempPathFac
     pytest.importorskip("dynamo._core", reason="the extra fleet is not installed")
     with endpoint(repository, parrot, tmp_path_factory.mktemp("endpoint")) as found:
         yield found
+
+
+def make_repository(parrot: Path, work: Path) -> Path:
+    """A continued request's prompt is as long as prompt and answer: the engine takes such ones."""
+    engine = make_engine(parrot, work / "engine", limits=replace(LIMITS, max_input_len=LIMITS.max_seq_len - 1))
+    with workspace.draft(work / "repository", "repository", {}) as draft:
+        package(engine, draft.path)
+        draft.commit(versions={}, recipe="")
+    return work / "repository"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from toolchain.cli import doors, exporting, operating
+from toolchain.cli import doors, exporting, joining, operating
 from toolchain.cli.flags import PATH, common, open_job, open_screen, work_flag
 
 if TYPE_CHECKING:
@@ -68,11 +68,16 @@ def deploy() -> None:
       scalellm deploy update my-llama DEPLOYMENT.yaml
       scalellm deploy logs my-llama --follow
       scalellm deploy down my-llama
+      scalellm deploy token my-llama --expires 1h; scalellm deploy join TOKEN
       scalellm deploy export kubernetes DEPLOYMENT.yaml -o manifests --registry s3://bucket/models
     """
 
 
-for _verb in (exporting.export, operating.status, operating.scale, operating.logs, operating.down):
+for _verb in (
+    *(operating.status, operating.scale, operating.logs, operating.down),
+    *(joining.token, joining.join, joining.revoke),
+    exporting.export,
+):
     deploy.add_command(_verb)
 
 

@@ -22,6 +22,10 @@ live. Whole seconds, as Dynamo takes them.
 HEARTBEAT_S = 0.5
 LEASE_S = 10
 """A worker whose host is lost is forgotten after it, and one that cannot reach etcd for so long ends."""
+_FRONT_LEASE_S = 3600
+"""Nothing depends on the front's lease but its own runtime, which ends with it; and Dynamo 1.6.1 renews it late after
+etcd has started again, because its watches go first (measured: 8 s).
+"""
 _LOG = "error"
 """Dynamo tells each request on standard error all the same: who has a terminal there sends it elsewhere."""
 _NETWORK = "network.json"
@@ -53,7 +57,7 @@ class Network:
         mine = self.identity
         found = {
             "ETCD_ENDPOINTS": self.etcd,
-            "ETCD_LEASE_TTL": str(LEASE_S),
+            "ETCD_LEASE_TTL": str(LEASE_S if self.answers is None else _FRONT_LEASE_S),
             "ETCD_KEEPALIVE_INTERVAL_SECONDS": "5",
             "ETCD_KEEPALIVE_TIMEOUT_SECONDS": "3",
             "NATS_SERVER": self.nats,

@@ -113,6 +113,11 @@ def check_foreign(manifest: Manifest, where: str) -> None:
     needed = {cards.CARD, cards.RECIPE, PASSPORT, f"repository/{workspace.STAMP}"}
     if lacking := sorted(needed - manifest.files.keys()):
         raise ArtifactError(f"{where}: {manifest.name} has no {lacking[0]}: it is no package of a model")
+    check_code(manifest, where)
+
+
+def check_code(manifest: Manifest, where: str) -> None:
+    """Raises RejectedError for a package with code that this scalellm does not have itself."""
     own = _own_code()
     strange = [path for path, one in manifest.files.items() if path.endswith(".py") and one.sha256 not in own]
     if strange:

@@ -1,0 +1,114 @@
+"""join: a token -> this machine is a node of an endpoint, until it is asked to end, or its cloud takes it away.
+
+It dials the endpoint's head and listens to nobody. What it runs, the head decides. It prints nothing.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolchain import gpu
+from toolchain.progress import Progress
+from toolchain.registry import Manifest
+
+if TYPE_CHECKING:
+    from toolchain.fleet.agent import Node, Provide
+    from toolchain.fleet.joining import Membership
+    from toolchain.fleet.notices import Notices
+    from toolchain.fleet.replica import Check
+
+CPU = "cpu"
+
+
+def folder_of(work: Path, endpoint: str) -> Path:
+    """Where a node keeps what it has of an endpoint."""
+    return (work / "nodes" / endpoint).resolve()
+
+
+def machine() -> tuple[str, int]:
+    """The device that this machine's GPUs are, and how many; ``cpu`` and 0 without one. Raises ToolError."""
+    found = [one for one in gpu.gpus() if one.device is not None]
+    if not found or found[0].device is None:
+        return CPU, 0
+    device = found[0].device.name
+    return device, sum(one.device is not None and one.device.name == device for one in found)
+
+
+def fetching(
+    folder: Path, device: str, progress: Progress, *, check: Callable[[Manifest], None], registry: str = ""
+) -> Provide:
+    """Each version's package for this device, from ``registry`` or where the head says. Once for each version."""
+    from toolchain.errors import ArtifactError
+    from toolchain.fleet import packages
+
+    one_at_a_time = threading.Lock()
+
+    def provide(version: Mapping[str, Any], _replica: str) -> Path:
+        package, place = packages.choose(version, device), registry or str(version.get(packages.REGISTRY) or "")
+        if not place:
+            raise ArtifactError(
+                "the endpoint names no registry from which its engines can be fetched",
+                hint="scalellm deploy join TOKEN --registry FOLDER|URL, or --recipe RECIPE to build one here",
+            )
+        with one_at_a_time:
+            return packages.fetch(package, place, folder, progress, check=check)
+
+    return provide
+
+
+def serve(
+    membership: Membership,
+    node: Node,
+    provide: Provide,
+    *,
+    progress: Progress,
+    check: Check | None = None,
+    notices: Notices | None = None,
+) -> None:
+    """Runs what the head wants until SIGINT, SIGTERM or a notice of the cloud; then drains. A second signal ends
+    everything at once. Raises ScalellmError.
+    """
+    from toolchain.fleet.agent import Agent, Maker
+
+    asked = threading.Event()
+    maker = Maker(membership.folder, str(membership.discovery), provide, progress=progress, check=check)
+    board = membership.board()
+    agent = Agent(node, board, maker, progress)
+
+    def taken_away(notice: str) -> None:
+        progress.note(f"this machine is about to be taken away: {notice}")
+        asked.set()
+
+    watching = threading.Thread(target=notices.watch, args=(asked, taken_away), daemon=True) if notices else None
+    if watching is not None:
+        watching.start()
+    with _signals(asked):
+        try:
+            agent.run(asked)
+            progress.note("draining")
+            agent.drain()
+        finally:
+            agent.kill()
+            board.close()
+
+
+@contextmanager
+def _signals(asked: threading.Event) -> Iterator[None]:
+    """The first signal sets ``asked``, the second raises KeyboardInterrupt."""
+
+    def handle(*_: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
