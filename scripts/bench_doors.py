@@ -224,7 +224,7 @@ def main() -> None:
     loaded = Tokens.load(given.model)
     tokens = bench_peers.Counted(loaded.tokenizer, loaded.sha256, output=given.output_tokens)
     found = measured(given, tokens)
-    print(f"\nAll {given.rounds} rounds; intervals are 95 %, bootstrapped over pairs.")
+    print(f"\nRounds: {given.rounds}. Intervals are 95 %, bootstrapped over pairs.")
     show(found, given)
 
 
