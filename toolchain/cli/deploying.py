@@ -129,7 +129,7 @@ def run(
     on_open: Callable[[Listen], None] = lambda _listen: None,
 ) -> None:
     """An endpoint over these repositories, with its gateway, until it is told to end. Raises ScalellmError."""
-    from toolchain.gateway.run import check
+    from toolchain.gateway.run import check, freeze
     from toolchain.stages import deploy as stage
     from toolchain.stages import gateway
 
@@ -169,6 +169,7 @@ def run(
         endpoint.doors = listen.urls
         log = place.folder / "gateway.log"
         with gateway.background(settings, listen, log=log, engines=endpoint.engines):
+            freeze()
             endpoint.tell("running")
             on_open(listen)
             screen.emit({"endpoint": deployment.endpoint, "openai": listen.urls["OpenAI"], "folder": place.folder})

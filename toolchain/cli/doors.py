@@ -285,10 +285,12 @@ class Front:
     @contextmanager
     def opened(self) -> Iterator[None]:
         """The same without a word."""
+        from toolchain.gateway.run import freeze
         from toolchain.stages import gateway as stage
 
         self.is_open = True
         with stage.background(self.settings, self.listen, log=self.log):
+            freeze()
             yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import signal
 import socket
@@ -94,8 +95,13 @@ def serve(
     ``on_ready`` is called when the ports are open, which says nothing of the Tritons. Raises ScalellmError.
     """
     check(settings, listen)
+
+    def ready(listen: Listen) -> None:
+        freeze()
+        on_ready(listen)
+
     with _bound(listen) as sockets:
-        asyncio.run(_Gateway(settings, listen, log or Log(), engines).run(sockets, on_ready, signals=True))
+        asyncio.run(_Gateway(settings, listen, log or Log(), engines).run(sockets, ready, signals=True))
 
 
 @contextmanager
@@ -126,6 +132,14 @@ def background(
         finally:
             gateway.ask_to_stop()
             thread.join()
+
+
+def freeze() -> None:
+    """For a process that is a gateway's own: what has been imported by now lives as long as it. Python need not look
+    through that again and again, which holds up all answers for some hundredths of a second each time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _apps(service: Service, listen: Listen) -> list[FastAPI]:
