@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import threading
 import time
@@ -51,12 +50,10 @@ def find(program: str) -> str:
 class Kept:
     """A server that is started again whenever it ends."""
 
-    def __init__(
-        self, argv: Sequence[str], *, folder: Path, listens: tuple[str, int], identity: Identity, progress: Progress
-    ) -> None:
+    def __init__(self, argv: Sequence[str], *, folder: Path, listens: tuple[str, int], progress: Progress) -> None:
         self.name = Path(argv[0]).name
         self._argv, self._folder, self._progress = argv, folder, progress
-        self._listens, self._identity = listens, identity
+        self._listens = listens
         self._process: runner.Process | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._keep, name=f"keep {self.name}", daemon=True)
@@ -83,11 +80,6 @@ class Kept:
                 raise EndpointError(f"{self.name} {why}\n{runner.tail(self.log, 5)}", hint=f"its log: {self.log}")
             time.sleep(_POLL_S)
         self._thread.start()
-
-    def signal(self, number: signal.Signals) -> None:
-        """To the server itself, where it runs."""
-        if pid := self.pid:
-            os.kill(pid, number)
 
     def stop(self) -> None:
         self._stopping.set()
@@ -135,7 +127,7 @@ def etcd(folder: Path, listens: tuple[str, int], identity: Identity, progress: P
         *("--auto-compaction-mode", "periodic", "--auto-compaction-retention", "5m"),
         *("--logger", "zap", "--log-level", "warn"),
     ]
-    return Kept(argv, folder=folder, listens=listens, identity=identity, progress=progress)
+    return Kept(argv, folder=folder, listens=listens, progress=progress)
 
 
 def nats(folder: Path, listens: tuple[str, int], identity: Identity, progress: Progress) -> Kept:
@@ -159,7 +151,7 @@ def nats(folder: Path, listens: tuple[str, int], identity: Identity, progress: P
     text = "\n".join(f"{name}: {json.dumps(value)}" for name, value in settings.items())
     write_private(folder / "nats.conf", f"{text}\ninclude {_NATS_USERS}\n".encode())
     argv = [find("nats-server"), "--config", str(folder / "nats.conf")]
-    return Kept(argv, folder=folder, listens=listens, identity=identity, progress=progress)
+    return Kept(argv, folder=folder, listens=listens, progress=progress)
 
 
 def write_nats_users(folder: Path, users: Iterable[Mapping[str, Any]]) -> None:
