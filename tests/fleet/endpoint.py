@@ -23,7 +23,7 @@ from tests.e2e.served import Served
 from tests.gateway.behind_gateway import Gateway, settings_for
 from toolchain import runner
 from toolchain.fleet.front import engines
-from toolchain.fleet.membership import TOKENIZER, checked_passport, write_card
+from toolchain.fleet.membership import TOKENIZER
 from toolchain.fleet.meter import Meter
 from toolchain.fleet.plane import Plane
 from toolchain.fleet.texts import Parameters, Texts
@@ -48,15 +48,13 @@ class Replica:
         self._repository = repository
         self.triton = self._supervisor()
         url = f"http://127.0.0.1:{self.ports.http}"
-        card, state = str(discovery.parent / "card"), str(work / "state.json")
         self.spec = Spec(
             ENDPOINT,
             str(discovery),
             url,
             str(repository),
-            card,
             5.0,
-            state=state,
+            state=str(work / "state.json"),
             replica=work.name,
             metrics_url=f"http://127.0.0.1:{self.ports.metrics}/metrics",
             status_file=str(status_file_of(work / "triton.log", self.ports.http)),
@@ -140,7 +138,6 @@ def endpoint(
 ) -> Iterator[Endpoint]:
     plane = Plane(work / "discovery", ENDPOINT)
     plane.folder.mkdir(parents=True)
-    write_card(repository, checked_passport(repository, ""), work / "card")
     with ExitStack() as stack:
         replicas = [Replica(repository, work / f"r{number}", plane.folder) for number in range(count)]
         for replica in replicas:

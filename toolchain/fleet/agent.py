@@ -68,7 +68,7 @@ Provide = Callable[[Mapping[str, Any], str], Path]
 
 
 class Maker:
-    """Replicas of this machine: repository, gate, model card, Triton and worker. A ``Make``."""
+    """Replicas of this machine: repository, gate, Triton and worker. A ``Make``."""
 
     def __init__(
         self, folder: Path, discovery: str, provide: Provide, *, progress: Progress, check: Check | None = None
@@ -76,14 +76,12 @@ class Maker:
         """``check`` is asked of each replica's server while its version is on trial, and always where that wants it."""
         self._folder, self._discovery, self._provide = folder, discovery, provide
         self._progress, self._check = progress, check
-        self._lock = threading.Lock()
         self._made: dict[str, Replica] = {}
 
     def __call__(self, name: str, version: Mapping[str, Any]) -> Replica:
         offer = Offer(
             lane=str(version["lane"]),
             discovery=self._discovery,
-            card=self._folder / "cards" / str(version["lane"]),
             identity=str(version["identity"]),
             drain_s=float(version["drain_seconds"]),
             start_s=float(version["start_seconds"]),
@@ -91,7 +89,7 @@ class Maker:
         check = self._check if version["conformance"] or version["trial"] else None
         folder = self._folder / "replicas" / name
         self._prune(folder.parent)
-        provide = functools.partial(self._checked, version, name, offer.card)
+        provide = functools.partial(self._checked, version, name)
         self._made[name] = Replica(name, provide, folder, offer, progress=self._progress, check=check)
         return self._made[name]
 
@@ -102,14 +100,11 @@ class Maker:
         for old in sorted(found, key=lambda one: one.stat().st_mtime)[:-_KEPT_LOGS]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def _checked(self, version: Mapping[str, Any], name: str, card: Path) -> Path:
+    def _checked(self, version: Mapping[str, Any], name: str) -> Path:
         """Its repository, whose engine is of the endpoint's model and may be trusted. Raises ScalellmError."""
         repository = self._provide(version, name)
-        passport = membership.checked_passport(repository, str(version["identity"]))
+        membership.checked_passport(repository, str(version["identity"]))
         admit(repository, Asked(allow_unverified=bool(version["allow_unverified"])))
-        with self._lock:
-            if not (card / "config.json").exists():
-                membership.write_card(repository, passport, card)
         return repository
 
 

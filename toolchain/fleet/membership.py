@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import shutil
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from toolchain import workspace
 from toolchain.admission import passport_of
 from toolchain.engine import Passport
 from toolchain.errors import ArtifactError, EndpointError
@@ -143,23 +140,3 @@ async def _drain(endpoint: Any, adapter: Adapter, drain_s: float) -> None:
         while adapter.running and loop.time() < until:
             await asyncio.sleep(_POLL_S)
         adapter.leaving.set()
-
-
-def write_card(repository: Path, passport: Passport, folder: Path) -> None:
-    """What Dynamo's model card is made of: the tokenizer's files, and a config.json of the passport's facts. One folder
-    for all workers of an endpoint: cards of one name that differ, if only in their paths, are not one model to Dynamo,
-    and the second worker would never be asked.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in (repository / TOKENIZER).iterdir():
-        shutil.copy2(file, folder / file.name)
-    config = {
-        "architectures": [passport.architecture],
-        "model_type": "llama",
-        "vocab_size": passport.vocab_size,
-        "num_hidden_layers": passport.num_layers,
-        "bos_token_id": passport.bos_token_id,
-        "eos_token_id": list(passport.eos_token_ids),
-        "max_position_embeddings": passport.limits.max_seq_len,
-    }
-    workspace.write_durably(folder / "config.json", json.dumps(config).encode())

@@ -42,8 +42,6 @@ class Offer:
     lane: str
     """The name under which it registers: replicas that can go on with each other's requests share it."""
     discovery: str
-    card: Path
-    """The folder of Dynamo's model card, the same for all workers of the lane."""
     identity: str
     """Of the model; see ``membership.identity``."""
     drain_s: float
@@ -171,7 +169,6 @@ class Replica:
             discovery=offer.discovery,
             triton_url=info.http_url,
             repository=str(repository.resolve()),
-            card=str(offer.card),
             drain_s=offer.drain_s,
             fingerprint=offer.identity,
             state=str(self._folder / "worker.json"),

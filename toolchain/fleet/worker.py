@@ -52,8 +52,6 @@ class Spec:
     discovery: str
     triton_url: str
     repository: str
-    card: str
-    """The folder of Dynamo's model card, the same for all workers of the endpoint."""
     drain_s: float
     fingerprint: str = ""
     """Of the model that all replicas of the endpoint must have; see ``identity``."""

@@ -304,7 +304,7 @@ def _clear(place: Place, *, keep: bool) -> None:
     """What an endpoint before this one left there would be found as workers, or as wanted. ``keep``: its versions,
     which run on other machines.
     """
-    for name in ("discovery", "cards", "board", "replicas", *(() if keep else (VERSIONS,))):
+    for name in ("discovery", "board", "replicas", *(() if keep else (VERSIONS,))):
         shutil.rmtree(place.folder / name, ignore_errors=True)
     (place.folder / "discovery").mkdir()
 
