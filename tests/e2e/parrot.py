@@ -18,6 +18,15 @@ SENTENCES = (
     "Greek letters are alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu.",
 )
 BOS, EOS = 0, 1
+RECIPE = """\
+model: some/model
+device: cpu
+quantization: {weights: none}
+kv_cache: {dtype: fp32, max_tokens: 1024}
+limits: {max_batch_size: 2, max_seq_len: 256}
+cpu: {threads: 1, precision: f32}
+"""
+"""One that builds it as it is, small, in float32."""
 
 
 def write_parrot(folder: Path, *, positions: int = 8192, layers: int = 2) -> Path:

@@ -13,19 +13,11 @@ import openai
 import pytest
 
 from tests.conftest import unused_ports
-from tests.e2e.parrot import SENTENCES, write_parrot
+from tests.e2e.parrot import RECIPE, SENTENCES, write_parrot
 from tests.servers.generator_repository import processes_of
 from toolchain import workspace
 
 pytestmark = pytest.mark.timeout(600)
-RECIPE = """\
-model: some/model
-device: cpu
-quantization: {weights: none}
-kv_cache: {dtype: fp32, max_tokens: 1024}
-limits: {max_batch_size: 2, max_seq_len: 256}
-cpu: {threads: 1, precision: f32}
-"""
 PROMPT, REST = SENTENCES[0][:24], SENTENCES[0][24:]
 Verb = Callable[..., Any]
 

@@ -21,19 +21,11 @@ import yaml
 from click.testing import CliRunner
 
 from tests.conftest import SCALELLM, unused_ports
-from tests.e2e.parrot import SENTENCES, write_parrot
+from tests.e2e.parrot import RECIPE, SENTENCES, write_parrot
 from tests.fleet.endpoint import until
 from toolchain.cli import verbs
 
 pytestmark = pytest.mark.timeout(600)
-RECIPE = """\
-model: some/model
-device: cpu
-quantization: {weights: none}
-kv_cache: {dtype: fp32, max_tokens: 1024}
-limits: {max_batch_size: 2, max_seq_len: 256}
-cpu: {threads: 1, precision: f32}
-"""
 DEPLOYMENT = "endpoint: birds\nrecipes: [RECIPE]\nreplicas: {min: 1}\nmax_queue: 5\n"
 PROMPT, REST = SENTENCES[0][:24], SENTENCES[0][24:]
 

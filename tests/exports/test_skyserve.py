@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,13 @@ import pytest
 from tests.exports import golden
 from tests.exports.conftest import FLAGS, Export
 from tests.exports.packages import DEPLOYMENT, push
+from tests.hosts.test_sky_reader import CATALOG, PYTHON
+from tests.hosts.test_sky_reader import read as read_with_sky
 from toolchain import workspace
 from toolchain.device import devices
 from toolchain.errors import PlanError
 from toolchain.exports.commands import KEYS_SECRET as KEYS
 
-PYTHON = os.environ.get("SCALELLM_SKY", "")
 needs_sky = pytest.mark.skipif(not PYTHON, reason="no SkyPilot: make test-sky")
 SKY = FLAGS["skyserve"]
 TWO = DEPLOYMENT.replace("[rtx4090]", "[rtx4090, l4]")
@@ -32,26 +31,13 @@ def service(export: Export, text: str = DEPLOYMENT, *flags: object) -> dict[str,
 
 def read(home: Path, text: str, command: list[str], *secrets: str) -> Any:
     """What SkyServe makes of it, offline: with a catalog of made-up prices for the two clouds that have the card."""
-    folder = home / ".sky" / "catalogs" / "v8"
-    for name in ("common", "runpod", "vast"):
-        (folder / name).mkdir(parents=True)
-    rows = [f'{one.skypilot},"{list(one.skypilot_clouds)}"' for one in devices().values() if one.skypilot]
-    (folder / "common" / "accelerators.csv").write_text("\n".join(["AcceleratorName,Clouds", *rows]) + "\n")
-    (folder / "common" / "metadata.csv").write_text("GPU,MemoryGB,Manufacturer\n")
     for name, columns, end in (("runpod", f"{_COLUMNS},AvailabilityZone", ",US-GA-1"), ("vast", _COLUMNS, "")):
+        folder = home / ".sky" / "catalogs" / CATALOG / name
+        folder.mkdir(parents=True)
         row = f'1x_RTX4090,RTX4090,1.0,16,64,0.69,US,"{{}}",0.35{end}'
-        (folder / name / "vms.csv").write_text(f"{columns}\n{row}\n")
-    done = subprocess.run(
-        [PYTHON, str(Path(__file__).with_name("sky_service_reader.py"))],
-        input=json.dumps({"service": text, "secrets": dict.fromkeys(secrets, "{}"), "command": command}),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-        env={**os.environ, "HOME": str(home), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1", "PYTHONPATH": ""},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+        (folder / "vms.csv").write_text(f"{columns}\n{row}\n")
+    asked = {"service": text, "secrets": dict.fromkeys(secrets, "{}"), "command": command}
+    return read_with_sky(home, asked, Path(__file__).with_name("sky_service_reader.py"))
 
 
 @needs_sky

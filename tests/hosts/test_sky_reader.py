@@ -20,19 +20,20 @@ from toolchain.device import devices
 PYTHON = os.environ.get("SCALELLM_SKY", "")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="no SkyPilot: make test-sky")
 
-_CATALOG = "v8"
+_READER = Path(__file__).with_name("sky_reader.py")
+CATALOG = "v8"
 """sky.skylet.constants.CATALOG_SCHEMA_VERSION of SkyPilot 0.14.1."""
 
 
-def read(home: Path, asked: dict[str, Any]) -> Any:
-    """What SkyPilot makes of it, offline: with our names of GPUs for its catalog."""
-    catalog = home / ".sky" / "catalogs" / _CATALOG / "common"
+def read(home: Path, asked: dict[str, Any], reader: Path = _READER) -> Any:
+    """What SkyPilot makes of it in ``reader``, offline: with our names of GPUs for its catalog."""
+    catalog = home / ".sky" / "catalogs" / CATALOG / "common"
     catalog.mkdir(parents=True)
     rows = [f'{entry.skypilot},"{list(entry.skypilot_clouds)}"' for entry in devices().values() if entry.skypilot]
     (catalog / "accelerators.csv").write_text("\n".join(["AcceleratorName,Clouds", *rows]) + "\n")
     (catalog / "metadata.csv").write_text("GPU,MemoryGB,Manufacturer\n")
     done = subprocess.run(
-        [PYTHON, str(Path(__file__).with_name("sky_reader.py"))],
+        [PYTHON, str(reader)],
         input=json.dumps(asked),
         capture_output=True,
         text=True,

@@ -6,7 +6,6 @@ The gateway in front is opened by the caller inside ``local``. It prints nothing
 from __future__ import annotations
 
 import shutil
-import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from toolchain import running
 from toolchain.errors import ArtifactError, EndpointError
 from toolchain.progress import Progress
+from toolchain.signals import ending_sets
 
 if TYPE_CHECKING:
     from toolchain.fleet.agent import Agent
@@ -193,7 +193,7 @@ def _opened(
         agent = None if deployment.network else _agent(version, place, board, plane, progress, check)
         found = Local(deployment, record, head, agent)
         found.engines = steered(plane, traffic, meter, View(board, meter, place.events))
-        with _signals(found.asked):
+        with ending_sets(found.asked):
             try:
                 with _threads(head.run, *([] if agent is None else [agent.run])):
                     found.wait_until_ready()
@@ -307,18 +307,3 @@ def _clear(place: Place, *, keep: bool) -> None:
     for name in ("discovery", "board", "replicas", *(() if keep else (VERSIONS,))):
         shutil.rmtree(place.folder / name, ignore_errors=True)
     (place.folder / "discovery").mkdir()
-
-
-@contextmanager
-def _signals(asked: threading.Event) -> Iterator[None]:
-    def handle(*_: object) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

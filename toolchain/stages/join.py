@@ -5,16 +5,15 @@ It dials the endpoint's head and listens to nobody. What it runs, the head decid
 
 from __future__ import annotations
 
-import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain import gpu
 from toolchain.progress import Progress
 from toolchain.registry import Manifest
+from toolchain.signals import ending_sets
 
 if TYPE_CHECKING:
     from toolchain.fleet.agent import Node, Provide
@@ -87,7 +86,7 @@ def serve(
     watching = threading.Thread(target=notices.watch, args=(asked, taken_away), daemon=True) if notices else None
     if watching is not None:
         watching.start()
-    with _signals(asked):
+    with ending_sets(asked):
         try:
             agent.run(asked)
             progress.note("draining")
@@ -95,20 +94,3 @@ def serve(
         finally:
             agent.kill()
             board.close()
-
-
-@contextmanager
-def _signals(asked: threading.Event) -> Iterator[None]:
-    """The first signal sets ``asked``, the second raises KeyboardInterrupt."""
-
-    def handle(*_: object) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

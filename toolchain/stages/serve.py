@@ -6,12 +6,10 @@ It prints nothing: ``on_ready`` gets the addresses.
 from __future__ import annotations
 
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TypedDict, Unpack
 
 from toolchain.errors import EndpointError, ScalellmError
@@ -21,6 +19,7 @@ from toolchain.servers.triton.health import Policy
 from toolchain.servers.triton.locate import Preference, Server, find_server
 from toolchain.servers.triton.needs import Needs, needs_of
 from toolchain.servers.triton.supervisor import ServingInfo, Supervisor, status_file_of
+from toolchain.signals import on_ending
 
 __all__ = ["Options", "Policy", "Ports", "ServingInfo", "background", "ports_of", "serve", "status_file"]
 
@@ -213,16 +212,12 @@ def _signals(supervisors: Sequence[Supervisor]) -> Iterator[threading.Event]:
     """SIGINT and SIGTERM ask to stop, and the second time hurry; restored at the end. Yields "was asked"."""
     asked = threading.Event()
 
-    def handle(_number: int, _frame: FrameType | None) -> None:
+    def ask() -> None:
         for supervisor in supervisors:
             if asked.is_set():
                 supervisor.hurry()
             supervisor.ask_to_stop()
         asked.set()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with on_ending(ask):
         yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
