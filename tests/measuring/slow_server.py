@@ -22,6 +22,8 @@ class SlowServer:
     """Every so many requests one is refused with 503."""
     cut_every: int = 0
     """Every so many requests one ends in the middle."""
+    hangs_up_s: float | None = None
+    """After each streamed answer it closes the connection so much later, without a word before."""
     serial: bool = False
     drafts: tuple[int, int] | None = None
     """(drafted, accepted) tokens of each of Triton's answers; None: it refuses to tell."""
@@ -108,6 +110,9 @@ class Handler(BaseHTTPRequestHandler):
             self._event(json.dumps({"choices": [], "usage": {"completion_tokens": len(words)}}))
             self._event("[DONE]")
         self.wfile.write(b"0\r\n\r\n")
+        if self.state.hangs_up_s is not None:
+            time.sleep(self.state.hangs_up_s)
+            self.close_connection = True
 
     def _piece(self, word: str, body: dict[str, Any]) -> dict[str, Any]:
         if self.path.startswith("/v2"):

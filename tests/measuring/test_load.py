@@ -57,6 +57,13 @@ def test_one_connection_serves_one_worker() -> None:
         assert server.connections == 2
 
 
+def test_a_server_that_hangs_up_after_every_answer_is_asked_on_new_connections() -> None:
+    with slow_server(hangs_up_s=0.003) as server:
+        found = measured(send([Door("openai-chat", server.url, "slow")], Task(PROMPTS, ONE, "simultaneous", 12)))
+        assert server.connections == len(server.bodies) == 12
+    assert not [one.error for one in found if one.error]
+
+
 @pytest.mark.parametrize("concurrency", [1, 3])
 def test_a_closed_loop_keeps_so_many_in_flight(concurrency: int) -> None:
     with slow_server(first_s=0.03) as server:

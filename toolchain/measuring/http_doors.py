@@ -14,6 +14,9 @@ from urllib.parse import urlsplit
 from toolchain.errors import EndpointError, RejectedError, ScalellmError
 from toolchain.measuring.doors import ACCEPTED, CONNECT_S, DRAFTED, Door, Piece, Session, page, short, triton_inputs
 
+_HANGS_UP_S = 0.02
+"""A server that hangs up after an answer without having said so does it within this; waited for once in a session."""
+
 
 def http_session(door: Door) -> Session:
     """EndpointError when nobody is there."""
@@ -31,6 +34,9 @@ class _Http:
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._connection = kind(parts.hostname, parts.port, timeout=CONNECT_S)
         self._base = parts.path.rstrip("/")
+        self._keeps: bool | None = None
+        """Whether the server keeps a connection after an answer; None: not yet seen."""
+        self._used = False
         self._connect()
 
     def path(self) -> str:
@@ -52,6 +58,7 @@ class _Http:
         finished = False
         try:
             sent()
+            self._used = True
             self._connection.request("POST", self.path(), payload, headers)
             response = self._connection.getresponse()
             if response.status != 200:
@@ -72,10 +79,19 @@ class _Http:
         self._connection.close()
 
     def _connect(self) -> None:
-        """Also again, when the server hung up on an idle connection."""
+        """Also again, when the server hung up on an idle connection.
+
+        llama.cpp's server promises to keep a connection and closes it after each streamed answer, at times only when
+        the next request is on its way. Where that was seen, each request has a connection of its own.
+        """
         connection = self._connection
-        if connection.sock is not None and select.select([connection.sock], [], [], 0)[0]:
-            connection.close()
+        if connection.sock is not None:
+            first = self._used and self._keeps is None
+            hung_up = bool(select.select([connection.sock], [], [], _HANGS_UP_S if first else 0)[0])
+            if first:
+                self._keeps = not hung_up
+            if hung_up or self._keeps is False:
+                connection.close()
         if connection.sock is None:
             try:
                 connection.timeout = CONNECT_S
