@@ -165,6 +165,25 @@ def test_lane_sends_first_tokens_at_once_and_gathers_later_ones_in_order() -> No
     assert request.sent == [["first"], ["a", "b", "last"]]
 
 
+def test_lane_holds_no_token_back_that_comes_a_while_after_the_last_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    lane, request = Lane(0), Recorder()
+
+    def at(now: float, *events: str) -> list[list[str]]:
+        monkeypatch.setattr("lanes.time.monotonic", lambda: now)
+        for event in events:
+            lane._take(request, event)
+        lane._flush_due(now)
+        return request.sent
+
+    assert at(100.00, "first") == [["first"]]
+    assert at(100.05, "slow") == [["first"], ["slow"]]
+    assert at(100.06, "fast") == [["first"], ["slow"]]
+    assert at(100.07, "faster") == [["first"], ["slow"]]
+    assert at(100.09) == [["first"], ["slow"], ["fast", "faster"]]
+    assert at(100.10, "last")[-1] == ["last"]
+    assert not lane._sent, "nothing is remembered of a request that is done"
+
+
 def test_lane_sends_what_waits_without_further_events() -> None:
     lane, request = Lane(0), Recorder()
     lane.start()
