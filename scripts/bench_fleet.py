@@ -1,6 +1,6 @@
 """What an endpoint costs against plain Triton, and how long a lost part of a replica is felt.
 
-    python scripts/bench_fleet.py REPOSITORY [--streams 32] [--rounds 7] [--tokens 128] [--only cost|felt]
+    python scripts/bench_fleet.py REPOSITORY [--streams 32] [--rounds 7] [--tokens 128] [--only cost|felt] [--door NAME]
 
 An endpoint of two replicas, and a gateway over the same two Tritons, each in a process of its own as a user starts it.
 Asked in turn, ``rounds`` times, in an order that changes, with greedy streams of equal length:
@@ -9,6 +9,9 @@ Asked in turn, ``rounds`` times, in an order that changes, with greedy streams o
     fleet     the same request at the endpoint
     gateway   OpenAI's completions at the gateway over the two Tritons
     openai    the same at the endpoint
+
+The client is the same for all, and a process of the same machine. ``cpu_us_per_token`` is CPU time by process, which
+hardly depends on what else the machine does; wall time does. ``idle_cpu_percent`` is of one core, with nobody asking.
 
 Then each part of a replica is killed under 16 streams. Prints one JSON object; figures are of this machine, compare
 them by their ratios, which are of rounds next to each other: median, and the interval of a bootstrap over the rounds.
@@ -28,6 +31,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -37,6 +41,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 import psutil
+from serving_processes import cpu_seconds
 
 from toolchain.running import Place
 from toolchain.servers.triton.ports import free_ports
@@ -46,6 +51,7 @@ NAME, BLS = "bench", "tensorrt_llm_bls"
 FELT_UNDER = 16
 _READY_S = 120.0
 _RESAMPLES = 10_000
+_SETTLE_S, _IDLE_S = 0.3, 10.0
 _PAIRS = (("triton", "fleet"), ("gateway", "openai"))
 _RETURNS = ("worker SIGKILL", "triton SIGKILL", "stub SIGKILL")
 """Kills after which what was killed must be there again."""
@@ -120,42 +126,72 @@ def loop_and_session() -> Iterator[tuple[asyncio.Runner, aiohttp.ClientSession]]
             runner.run(session.close())
 
 
-def together(runner: asyncio.Runner, session: aiohttp.ClientSession, target: Target, streams: int, tokens: int) -> Any:
-    """Median time to the first token, and tokens a second over all of them."""
+def together(
+    runner: asyncio.Runner,
+    session: aiohttp.ClientSession,
+    target: Target,
+    streams: int,
+    tokens: int,
+    names: Mapping[int, str],
+) -> dict[str, Any]:
+    """Median time to the first token, tokens a second over all of them, and CPU time a token by process."""
 
     async def all_of_them() -> list[Stream]:
         urls = (target.urls[number % len(target.urls)] for number in range(streams))
         return await asyncio.gather(*(stream(session, target, url, tokens) for url in urls))
 
-    begun = time.perf_counter()
+    before, begun = cpu_seconds(names), time.perf_counter()
     found = runner.run(all_of_them())
+    seconds = time.perf_counter() - begun
+    time.sleep(_SETTLE_S)
+    used = cpu_seconds(names) - before
     return {
         "ttft_p50_ms": statistics.median(one.ttft_s for one in found) * 1000,
-        "tokens_per_s": streams * tokens / (time.perf_counter() - begun),
+        "tokens_per_s": streams * tokens / seconds,
+        "cpu_us_per_token": {part: cpu_s * 1e6 / streams / tokens for part, cpu_s in used.items()},
     }
 
 
-def cost(targets: Mapping[str, Target], streams: int, rounds: int, tokens: int) -> dict[str, Any]:
-    """All targets in turn, and each pair's ratio and difference round by round."""
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in targets}
+def cost(
+    targets: Mapping[str, Target], streams: int, rounds: int, tokens: int, names: Mapping[int, str]
+) -> dict[str, Any]:
+    """All targets in turn, and each pair's ratio and difference round by round. ``names``: see ``cpu_seconds``."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in targets}
     with loop_and_session() as (runner, session):
         for target in targets.values():
-            together(runner, session, target, streams, tokens)
+            together(runner, session, target, streams, tokens, names)
         for number in range(rounds):
-            names = list(targets)
-            for name in names[number % len(names) :] + names[: number % len(names)]:
-                runs[name].append(together(runner, session, targets[name], streams, tokens))
+            order = list(targets)
+            for name in order[number % len(order) :] + order[: number % len(order)]:
+                runs[name].append(together(runner, session, targets[name], streams, tokens, names))
                 print(number, name, runs[name][-1], file=sys.stderr)
-    found: dict[str, Any] = {
-        name: {key: statistics.median(run[key] for run in some) for key in some[0]} for name, some in runs.items()
-    }
+    found: dict[str, Any] = {name: _summary(some) for name, some in runs.items()}
     for plain, ours in _PAIRS:
+        if not {plain, ours} <= runs.keys():
+            continue
         pairs = list(zip(runs[plain], runs[ours], strict=True))
         found[f"{ours} against {plain}"] = {
             "tokens_per_s_ratio": interval([two["tokens_per_s"] / one["tokens_per_s"] for one, two in pairs]),
             "ttft_p50_added_ms": interval([two["ttft_p50_ms"] - one["ttft_p50_ms"] for one, two in pairs]),
         }
     return found
+
+
+def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Medians of the rounds; of CPU time the mean, which the clock's ticks of 10 ms do not coarsen."""
+    used = sum((Counter(run["cpu_us_per_token"]) for run in runs), Counter())
+    parts = {part: round(us / len(runs), 1) for part, us in used.most_common()}
+    return {
+        **{key: statistics.median(run[key] for run in runs) for key in ("ttft_p50_ms", "tokens_per_s")},
+        "cpu_us_per_token": {**parts, "all": round(sum(parts.values()), 1)},
+    }
+
+
+def idle(names: Mapping[int, str]) -> dict[str, float]:
+    """CPU time by process while nobody asks, in percent of one core."""
+    before = cpu_seconds(names)
+    time.sleep(_IDLE_S)
+    return {part: round(100 * cpu_s / _IDLE_S, 2) for part, cpu_s in (cpu_seconds(names) - before).most_common()}
 
 
 def interval(values: Sequence[float]) -> dict[str, float]:
@@ -290,6 +326,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--long", type=int, default=600, help="Tokens of the streams under which a part is killed.")
     parser.add_argument("--only", choices=["cost", "felt"])
+    parser.add_argument("--door", action="append", help="Only these, of triton, fleet, gateway and openai.")
     parser.add_argument("--serve", nargs=3, metavar=("WORK", "HTTP", "GRPC"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.serve:
@@ -304,14 +341,16 @@ def main() -> None:
         endpoint = stack.enter_context(process([*own, "--serve", work, ports.http, ports.grpc], log))
         until(lambda: answers(root) and len(workers(root)) == asked.replicas, endpoint, log)
         if asked.only != "felt":
-            found["cost"] = measured_cost(stack, work, place, root, asked)
+            found["cost"] = measured_cost(stack, work, place, root, endpoint.pid, asked)
             print(json.dumps(found["cost"], indent=2), file=sys.stderr)
         if asked.only != "cost":
             found["felt"] = measured_felt(place, root, asked.long)
     print(json.dumps(found, indent=2))
 
 
-def measured_cost(stack: ExitStack, work: Path, place: Place, root: str, asked: argparse.Namespace) -> dict[str, Any]:
+def measured_cost(
+    stack: ExitStack, work: Path, place: Place, root: str, endpoint: int, asked: argparse.Namespace
+) -> dict[str, Any]:
     """With a gateway over the endpoint's own Tritons beside it."""
     tritons = [f"http://127.0.0.1:{one['ports']['http']}" for one in (place.state() or {})["replicas"]]
     port, log = free_ports().http, work / "gateway.log"
@@ -327,7 +366,9 @@ def measured_cost(stack: ExitStack, work: Path, place: Place, root: str, asked: 
         "gateway": Target((f"http://127.0.0.1:{port}/v1/completions",), False),
         "openai": Target((f"{root}/v1/completions",), False),
     }
-    return cost(targets, asked.streams, asked.rounds, asked.tokens)
+    names = {os.getpid(): "client", endpoint: "front", plain.pid: "gateway"}
+    doors = {name: target for name, target in targets.items() if name in (asked.door or targets)}
+    return {**cost(doors, asked.streams, asked.rounds, asked.tokens, names), "idle_cpu_percent": idle(names)}
 
 
 def measured_felt(place: Place, root: str, tokens: int) -> dict[str, Any]:

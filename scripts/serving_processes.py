@@ -1,4 +1,4 @@
-"""A service in processes of its own, as a user starts it, and what they hold. For soak.py and bench_recovery.py.
+"""A service in processes of its own, as a user starts it, and what they hold and take: for other scripts.
 
 ``scalellm serve --gateway`` on an engine, on free ports of 127.0.0.1, with the engine's status file beside it. It
 knows nothing of requests.
@@ -14,7 +14,8 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,18 @@ class Service:
         return found
 
 
+def cpu_seconds(names: Mapping[int, str]) -> Counter[str]:
+    """CPU time so far of this process and of all that it started, by role; ``names``: process -> its role, where its
+    command line does not tell. Unlike wall time it hardly depends on what else the machine does.
+    """
+    found: Counter[str] = Counter()
+    for one in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            times = one.cpu_times()
+            found[names.get(one.pid) or _role(one.cmdline()) or "guards"] += times.user + times.system
+    return found
+
+
 def _role(words: list[str]) -> str | None:
     """Of a command line; None for what only guards."""
     line = " ".join(words)
@@ -76,6 +89,8 @@ def _role(words: list[str]) -> str | None:
         return "engine"
     if words[0].endswith("tritonserver"):
         return "triton"
+    if "toolchain.fleet.worker" in words:
+        return "worker"
     return "gateway" if "toolchain.cli" in line and "serve" in words else None
 
 
