@@ -22,6 +22,7 @@ from toolchain.fleet import wire
 from toolchain.fleet.dialect import Spoken
 from toolchain.fleet.drafted import Drafted, DraftedFlow
 from toolchain.fleet.plane import HEARTBEAT_S
+from toolchain.gateway import loop
 from toolchain.gateway.failures import ApiError, BusyError, UpstreamError
 from toolchain.gateway.settings import Timeouts, Upstream
 from toolchain.gateway.triton import Flow, Triton
@@ -246,7 +247,7 @@ def main() -> int:
         spec = Spec.read(Path(sys.argv[1]))
         from toolchain.fleet.membership import serve
 
-        asyncio.run(serve(spec))
+        loop.run(serve(spec))
     except ScalellmError as error:
         print(f"worker: {error.message}", file=sys.stderr)
         return error.exit_code

@@ -20,7 +20,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from toolchain.errors import ArtifactError, EndpointError, RecipeError
-from toolchain.gateway import keys
+from toolchain.gateway import keys, loop
 from toolchain.gateway.app import openai_app, predict_app, shared_app
 from toolchain.gateway.logs import Log, libraries_into
 from toolchain.gateway.protocol import Patient
@@ -101,7 +101,7 @@ def serve(
         on_ready(listen)
 
     with _bound(listen) as sockets:
-        asyncio.run(_Gateway(settings, listen, log or Log(), engines).run(sockets, ready, signals=True))
+        loop.run(_Gateway(settings, listen, log or Log(), engines).run(sockets, ready, signals=True))
 
 
 @contextmanager
@@ -115,7 +115,7 @@ def background(
 
     def work(sockets: list[socket.socket]) -> None:
         try:
-            asyncio.run(gateway.run(sockets, lambda _listen: ready.set(), signals=False))
+            loop.run(gateway.run(sockets, lambda _listen: ready.set(), signals=False))
         except BaseException as error:
             failures.append(error)
         finally:
