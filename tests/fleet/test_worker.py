@@ -12,6 +12,7 @@ import pytest
 from aiohttp import web
 
 from toolchain.fleet import wire
+from toolchain.fleet.pieces import APART_S, Waiting
 from toolchain.fleet.worker import Adapter, LostError, make_triton
 from toolchain.gateway.settings import Timeouts
 from toolchain.gateway.triton import make_session
@@ -102,8 +103,14 @@ def told(items: list[wire.Item]) -> list[wire.Item]:
 
 
 def test_tokens_go_through_with_log_probs_and_the_last_has_the_reason() -> None:
+    async def slow(body: dict[str, Any], response: web.StreamResponse) -> None:
+        for number in range(body["request_output_len"]):
+            await write(response, body["input_ids"][-1] + number + 1, output_log_probs=-0.5)
+            await asyncio.sleep(5 * APART_S)
+
     async def play() -> list[wire.Item]:
         async with scene() as found:
+            found.handler = slow
             return told(await found.items())
 
     assert asyncio.run(play()) == [
@@ -111,6 +118,54 @@ def test_tokens_go_through_with_log_probs_and_the_last_has_the_reason() -> None:
         wire.item([8], [-0.5]),
         wire.item([9], [-0.5], "length"),
     ]
+
+
+def test_tokens_that_come_together_go_together_and_none_is_lost_or_counted_twice() -> None:
+    async def play() -> tuple[list[wire.Item], int]:
+        async with scene() as found:
+            sent = wire.request(wire.Ask((5, 6), 300, {"end_id": [1]}, prompt_tokens=2), "m")
+            return told(await found.items(sent)), found.adapter.tokens
+
+    items, counted = asyncio.run(play())
+    assert [one for item in items for one in item["token_ids"]] == list(range(7, 307))
+    assert all(len(item["log_probs"]) == len(item["token_ids"]) for item in items)
+    assert [item.get("finish_reason") for item in items] == [None] * (len(items) - 1) + ["length"]
+    assert counted == 300
+
+
+def test_a_lonely_event_and_the_end_never_wait_for_others() -> None:
+    async def play() -> list[list[Any]]:
+        waiting = Waiting(apart_s=3600)
+        waiting.put("first")
+        found = [await waiting.take(1)]
+        for event in ("second", "third"):
+            waiting.put(event)
+        found.append(await waiting.take(0.01))  # it says at least so often what it has
+        waiting.put(None)
+        return [*found, await waiting.take(3600)]
+
+    assert asyncio.run(asyncio.wait_for(play(), 30)) == [["first"], ["second", "third"], [None]]
+
+
+def test_what_had_come_before_an_answer_was_cut_is_told_before_it_is_handed_over() -> None:
+    async def cut(_body: dict[str, Any], response: web.StreamResponse) -> None:
+        await write(response, 7)
+        await write(response, 8)
+        await write(response, 9, 10)
+        assert response._req is not None
+        assert response._req.transport is not None
+        response._req.transport.close()
+
+    async def play() -> list[int]:
+        async with scene() as found:
+            found.handler, seen = cut, []
+            sent = wire.request(wire.Ask((5, 6), 30, {"end_id": [1]}, prompt_tokens=2), "m")
+            with pytest.raises(LostError):
+                async for item in found.adapter.generate(sent, Client()):
+                    seen += item["token_ids"]
+            return seen
+
+    assert asyncio.run(asyncio.wait_for(play(), 30)) == [7, 8, 9, 10]
 
 
 def test_any_end_id_of_the_model_ends_an_answer_in_the_item_that_holds_it() -> None:

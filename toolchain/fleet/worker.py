@@ -21,6 +21,7 @@ from toolchain.errors import ScalellmError
 from toolchain.fleet import wire
 from toolchain.fleet.dialect import Spoken
 from toolchain.fleet.drafted import Drafted, DraftedFlow
+from toolchain.fleet.pieces import Piece, Waiting
 from toolchain.fleet.plane import HEARTBEAT_S
 from toolchain.gateway import loop
 from toolchain.gateway.failures import ApiError, BusyError, UpstreamError
@@ -116,7 +117,7 @@ class Adapter:
             return
         self.running += 1
         self.requests += 1
-        events: asyncio.Queue[Any] = asyncio.Queue()
+        events = Waiting()
         pump = asyncio.create_task(self._pump(ask, events))
         try:
             async for item in self._items(ask, events, context):
@@ -136,27 +137,29 @@ class Adapter:
             with contextlib.suppress(asyncio.CancelledError):
                 await pump
 
-    async def _items(self, ask: wire.Ask, events: asyncio.Queue[Any], context: Context) -> AsyncIterator[wire.Item]:
+    async def _items(self, ask: wire.Ask, waiting: Waiting, context: Context) -> AsyncIterator[wire.Item]:
         """Says at least every half second that it lives. Ends early when the client has gone."""
         left = ask.max_tokens
         ends = self._eos_ids if ask.end_id in self._eos_ids else frozenset({ask.end_id})
         yield wire.begun(self.replica)
         while not context.is_stopped():
-            try:
-                async with asyncio.timeout(HEARTBEAT_S):
-                    event = await events.get()
-            except TimeoutError:
+            events = await waiting.take(HEARTBEAT_S)
+            if not events:
                 self._look_out()
-                yield wire.item([])
-                continue
-            if isinstance(event, Exception):
-                raise event
-            ids, logs = wire.tokens(event) if event is not None else ([], None)
-            left -= len(ids)
-            self.tokens += len(ids)
-            ended = "eos" if ids and ids[-1] in ends else "length" if left <= 0 else None
-            finish = "stop" if event is None else ended
-            yield wire.item(ids, logs, finish, wire.metrics(ask, event or {}))
+            piece, finish = Piece(), None
+            for event in events:
+                if isinstance(event, Exception):
+                    if piece.ids:
+                        yield piece.item()
+                    raise event
+                count = piece.add(ask, event) if event is not None else 0
+                left -= count
+                self.tokens += count
+                ended = "eos" if count and piece.ids[-1] in ends else "length" if left <= 0 else None
+                finish = "stop" if event is None else ended
+                if finish:
+                    break
+            yield piece.item(finish)
             if finish:
                 return
 
@@ -179,19 +182,19 @@ class Adapter:
                 await self.withdrawn.wait()
                 await asyncio.sleep(_SPREAD_S)
 
-    async def _pump(self, ask: wire.Ask, events: asyncio.Queue[Any]) -> None:
-        """The Triton's events into the queue; then None, or what went wrong. Cancelled, it cancels in the Triton."""
+    async def _pump(self, ask: wire.Ask, events: Waiting) -> None:
+        """The Triton's events, as they come; then None, or what went wrong. Cancelled, it cancels in the Triton."""
         flow: Flow | DraftedFlow | None = None
         try:
             flow = await self._open(ask)
             async for event in flow:
-                events.put_nowait(event)
+                events.put(event)
                 if self.leaving.is_set():
-                    events.put_nowait(LostError("this worker ends"))
+                    events.put(LostError("this worker ends"))
                     return
-            events.put_nowait(None)
+            events.put(None)
         except Exception as error:
-            events.put_nowait(error)
+            events.put(error)
         finally:
             if flow is not None:
                 flow.close()
