@@ -158,11 +158,16 @@ def test_what_had_come_before_an_answer_was_cut_is_told_before_it_is_handed_over
 
     async def play() -> list[int]:
         async with scene() as found:
-            found.handler, seen = cut, []
+            found.handler = cut
+            seen: list[int] = []
             sent = wire.request(wire.Ask((5, 6), 30, {"end_id": [1]}, prompt_tokens=2), "m")
-            with pytest.raises(LostError):
+
+            async def read() -> None:
                 async for item in found.adapter.generate(sent, Client()):
-                    seen += item["token_ids"]
+                    seen.extend(item["token_ids"])
+
+            with pytest.raises(LostError):
+                await read()
             return seen
 
     assert asyncio.run(asyncio.wait_for(play(), 30)) == [7, 8, 9, 10]
