@@ -7,6 +7,7 @@ module knows nothing of what that is, and starts nothing.
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import json
 import os
@@ -56,14 +57,15 @@ class Place:
     @contextmanager
     def hold(self, taken: Callable[[], ScalellmError]) -> Iterator[Record]:
         """Be that process, for the length of a block. Raises what ``taken`` gives while another one is."""
-        file, last = self.folder / STATE, b""
+        file = self.folder / STATE
+        last: Mapping[str, Any] | None = None
 
         def record(state: Mapping[str, Any]) -> None:
             nonlocal last
-            text = (json.dumps({"pid": os.getpid(), **state}, indent=2) + "\n").encode()
-            if text != last:
-                workspace.write_durably(file, text)
-                last = text
+            if state != last:
+                text = json.dumps({"pid": os.getpid(), **state}, indent=2) + "\n"
+                workspace.write_durably(file, text.encode())
+                last = copy.deepcopy(state)
 
         with (self.folder / LOCK).open("ab") as lock:
             if not _taken(lock):

@@ -111,10 +111,12 @@ def members(session: int) -> dict[int, float]:
     Not of a process group: mpirun gives each of its ranks a group of its own, and all stay in the session.
     """
     found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        fields = _stat(int(folder.name))
+    with os.scandir("/proc") as entries:
+        pids = [int(one.name) for one in entries if one.name.isdigit()]
+    for pid in pids:
+        fields = _stat(pid)
         if fields and int(fields[3]) == session:
-            found[int(folder.name)] = (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+            found[pid] = (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
     return found
 
 
@@ -125,7 +127,7 @@ def _lives(pid: int) -> bool:
 def _stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the state on; empty for a process that is gone or a zombie."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode().split()
     except OSError:
         return []
     return [] if fields[0] in "ZX" else fields
