@@ -123,19 +123,19 @@ class Texts:
     def answer(self, ask: Ask, index: int, inputs: Mapping[str, Any]) -> TextAnswer:
         """What becomes of the ids of an Ask, which is the ``index``-th of ``asks(inputs)``."""
         stops = [str(one) for one in listed(inputs.get("stop_words")) if one]
-        answers = self._shared["answers"].Answers(self._tokenizer, self._anchor, stops, self._parameters.skip_special)
+        growing = self._shared["answers"].Answer(self._tokenizer, self._anchor, stops, self._parameters.skip_special)
         streaming = bool(_one(inputs, "stream", False))
         told = bool(_one(inputs, "exclude_input_in_output", self._parameters.exclude_input))
         before = "" if told or streaming else self._tokenizer.decode(list(ask.ids))
-        return TextAnswer(answers, ask, index, streaming=streaming, before=before)
+        return TextAnswer(growing, ask, index, streaming=streaming, before=before)
 
 
 class TextAnswer:
     """One answer while it grows: ids in, events of ``tensorrt_llm_bls`` out."""
 
-    def __init__(self, answers: Any, ask: Ask, index: int, *, streaming: bool = True, before: str = "") -> None:
-        """``before``: the text in front of an answer that is given as a whole."""
-        self._answers, self._ask, self.index = answers, ask, index
+    def __init__(self, growing: Any, ask: Ask, index: int, *, streaming: bool = True, before: str = "") -> None:
+        """``growing``: an ``answers.Answer``; ``before``: the text in front of an answer that is given as a whole."""
+        self._growing, self._ask, self.index = growing, ask, index
         self._streaming, self._before = streaming, before
         self._logs_sum = 0.0
         self.metrics: Event = {}
@@ -146,7 +146,7 @@ class TextAnswer:
     @property
     def stopped(self) -> bool:
         """Whether a stop word has come: what follows is not part of the answer."""
-        return bool(self._answers.all_stopped)
+        return bool(self._growing.stopped)
 
     def push(self, ids: Sequence[int], logs: Sequence[float] | None) -> Event:
         """The event that these ids make; empty where the answer is wanted as a whole."""
@@ -156,36 +156,27 @@ class TextAnswer:
 
     def finish(self) -> Event:
         """The last event: what was held back, or everything, and how it ended."""
-        if not self.ids:
-            self._push((), None)
-        self._answers.finish()
-        told = self._answers.summary(0, self._ask.max_tokens, self._ask.end_id)
-        return self._event(
-            {
-                "finish_reason": told["finish_reason"][0].decode(),
-                "num_output_tokens": int(told["num_output_tokens"].reshape(-1)[0]),
-            }
-        )
+        self._growing.finish()
+        reason = self._growing.finish_reason(self._ask.max_tokens, self._ask.end_id)
+        return self._event({"finish_reason": reason, "num_output_tokens": self._growing.tokens})
 
     def _push(self, ids: Sequence[int], logs: Sequence[float] | None) -> None:
-        tensors: dict[str, np.ndarray[Any, Any]] = {
-            "output_ids": np.array([[list(ids)]], dtype=np.int32).reshape(1, 1, -1),
-            "sequence_length": np.array([[len(ids)]], dtype=np.int32),
-        }
+        tensors: dict[str, np.ndarray[Any, Any]] = {}
         if logs is not None:
-            tensors["output_log_probs"] = np.array(logs, dtype=np.float32).reshape(1, 1, -1)
+            tensors["output_ids"] = np.array(ids, dtype=np.int32)
+            tensors["output_log_probs"] = np.array(logs, dtype=np.float32)
             self._logs_sum += float(np.sum(tensors["output_log_probs"], dtype=np.float64))
-            tensors["cum_log_probs"] = np.array([[self._logs_sum]], dtype=np.float32)
-        self._answers.push(tensors)
+            tensors["cum_log_probs"] = np.array([self._logs_sum], dtype=np.float32)
+        self._growing.push(ids, tensors)
 
     def _event(self, more: Event) -> Event:
-        texts, tensors = self._answers.take(0)
+        text, tensors = self._growing.take()
         return {
-            "text_output": self._before + texts[0],
+            "text_output": self._before + text,
             "batch_index": 0,
             "sequence_index": self.index,
             "num_input_tokens": len(self._ask.ids),
-            **{name: array.reshape(-1).tolist() for name, array in tensors.items()},
+            **{name: array.tolist() for name, array in tensors.items()},
             **self.metrics,
             **more,
         }
