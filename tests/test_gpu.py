@@ -192,3 +192,17 @@ def test_every_gpu_of_the_table_has_a_reported_name_of_its_own() -> None:
     assert all(one.reported_as or one.is_cpu for one in devices().values())
     consumer = {one.name for one in devices().values() if not one.data_center and not one.is_cpu}
     assert consumer == {"rtx4090", "rtx3090", "rtx5090"}
+
+
+def test_gpus_are_named_as_cuda_names_them_and_only_those_that_are_visible(path: Path) -> None:
+    ada = ADA.replace("0, ", "2, ", 1).replace("GPU-1", "GPU-9")
+    nvidia_smi(path, f"{ADA}\n{T4}\n{ada}")
+    assert gpu.names_of("rtx4090", {}) == ("0", "2")
+    assert gpu.names_of("rtx4090", {"CUDA_VISIBLE_DEVICES": "GPU-9, 1,0"}) == ("GPU-9", "0")
+    assert gpu.names_of("rtx4090", {"CUDA_VISIBLE_DEVICES": ""}) == ()
+    assert gpu.names_of("h100", {}) == ()
+
+
+def test_a_slice_is_named_by_its_uuid(path: Path) -> None:
+    nvidia_smi(path, A100, listing=SLICES)
+    assert gpu.names_of("a100-40gb", {}) == ("MIG-a", "MIG-b")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,7 @@ OLD_QUERY = tuple(word.replace("compute_cap", "count") for word in QUERY)
 APPS = ("--query-compute-apps=gpu_uuid,pid,used_gpu_memory,process_name", "--format=csv,noheader,nounits")
 """The name last: it is the only field that may hold a comma."""
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 _SLICE = re.compile(r"^\s+MIG (?P<profile>\S+)\s+Device\s+\d+: \(UUID: (?P<uuid>\S+)\)")
 _WHOLE = re.compile(r"^GPU (?P<index>\d+): (?P<name>.*) \(UUID: (?P<uuid>\S+)\)")
 _TIMEOUT_S = 20
@@ -87,6 +88,27 @@ def gpus() -> tuple[Gpu, ...]:
 def visible_gpus() -> list[tuple[str, int]]:
     """(name, SM) of each GPU whose SM is known, such as ``("NVIDIA GeForce RTX 4090", 89)``; empty without one."""
     return [(gpu.name, gpu.sm) for gpu in gpus() if gpu.sm is not None]
+
+
+def names_of(device: str, environ: Mapping[str, str]) -> tuple[str, ...]:
+    """This machine's GPUs of one device, as CUDA_VISIBLE_DEVICES names them, a MIG slice by its UUID; those that an
+    ``environ`` with that variable leaves, in its order.
+    """
+    found = [one for one in gpus() if one.device is not None and one.device.name == device]
+    visible = environ.get(VISIBLE)
+    if visible is None:
+        return tuple(one.uuid if one.is_slice else str(one.index) for one in found)
+    known = {one.uuid for one in found} | {str(one.index) for one in found if not one.is_slice}
+    return tuple(word for word in visible.replace(" ", "").split(",") if word in known)
+
+
+def only(names: Sequence[str]) -> dict[str, str]:
+    """The environment in which a program sees these GPUs alone, counted as nvidia-smi does; for no names, nothing.
+
+    CUDA counts the fastest first unless it is told otherwise (CUDA C++ Programming Guide, environment variables,
+    https://docs.nvidia.com/cuda/cuda-c-programming-guide/, 2026-11-22).
+    """
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", VISIBLE: ",".join(names)} if names else {}
 
 
 def parse(table: str, apps: str = "", listing: str = "") -> tuple[Gpu, ...]:

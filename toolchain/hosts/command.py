@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from toolchain import gpu
 from toolchain.errors import ToolError
 from toolchain.host import EngineJob
 
@@ -43,14 +44,9 @@ def gpus_of(job: EngineJob, picked: Sequence[str]) -> tuple[str, ...]:
 
 
 def with_gpus(argv: Sequence[str], picked: Sequence[str]) -> tuple[str, ...]:
-    """The command on these GPUs alone, counted as nvidia-smi does; none picked: on those that it would see anyway.
-
-    CUDA counts the fastest first unless it is told otherwise (CUDA C++ Programming Guide, environment variables,
-    https://docs.nvidia.com/cuda/cuda-c-programming-guide/, 2026-11-22).
-    """
-    if not picked:
-        return tuple(argv)
-    return ("env", "CUDA_DEVICE_ORDER=PCI_BUS_ID", f"CUDA_VISIBLE_DEVICES={','.join(picked)}", *argv)
+    """The command on these GPUs alone, counted as nvidia-smi does; none picked: on those that it would see anyway."""
+    told = [f"{name}={value}" for name, value in gpu.only(picked).items()]
+    return ("env", *told, *argv) if told else tuple(argv)
 
 
 def container_argv(
