@@ -32,10 +32,10 @@ def running(repository: Path, parrot: Path, tmp_path_factory: pytest.TempPathFac
         yield found
 
 
-def make_repository(parrot: Path, work: Path) -> Path:
+def make_repository(parrot: Path, work: Path, services: int = 1) -> Path:
     """A continued request's prompt is as long as prompt and answer: the engine takes such ones."""
     engine = make_engine(parrot, work / "engine", limits=replace(LIMITS, max_input_len=LIMITS.max_seq_len - 1))
     with workspace.draft(work / "repository", "repository", {}) as draft:
-        package(engine, draft.path)
+        package(engine, draft.path, services=services)
         draft.commit(versions={}, recipe="")
     return work / "repository"

@@ -110,6 +110,8 @@ def test_an_agent_starts_what_is_wanted_and_says_how_it_is(scene: Scene) -> None
         "device": "",
         "gpus": 0,
         "room": 4,
+        "own": None,
+        "turns": False,
         "price_per_hour": 0.3,
         "state": "up",
         "replicas": [],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
@@ -14,12 +15,14 @@ from hypothesis import strategies as st
 from toolchain.fleet.control import decide
 from toolchain.fleet.rounds import Decision, Event, Memory, Wish
 from toolchain.fleet.scaling import Load, Scale
+from toolchain.fleet.seats import Machine, Offers, Seat, Share
 from toolchain.fleet.sight import NodeSeen, Told
 
 BAD = 100
 """Versions from here on never become ready."""
 NODES = {"a": (0.2, 2), "b": (0.3, 1), "c": (0.9, 3)}
 """Price per hour, room."""
+GPUS = {"a": 1, "b": 2, "c": 3}
 
 
 def wish(least: int = 1, most: int = 4, **changes: Any) -> Wish:
@@ -35,8 +38,11 @@ class World:
     load: Load = field(default_factory=lambda: Load(idle_s=1000.0))
     memory: Memory = field(default_factory=Memory)
     now: float = 1000.0
+    machines: dict[str, Machine] = field(default_factory=dict)
+    """Where a node is more than its room."""
     replicas: dict[tuple[str, str], tuple[int, str]] = field(default_factory=dict)
     """(node, name) -> version and state."""
+    seats: dict[tuple[str, str], Seat] = field(default_factory=dict)
     away: set[str] = field(default_factory=set)
     """Nodes that cannot be reached; their replicas go on."""
     leaving: set[str] = field(default_factory=set)
@@ -45,13 +51,20 @@ class World:
 
     def seen(self) -> list[NodeSeen]:
         return [
-            NodeSeen(name, room, price, name not in self.leaving, self.told(name))
+            NodeSeen(name, self.machine(name, room), price, name not in self.leaving, self.told(name))
             for name, (price, room) in self.nodes.items()
             if name not in self.away
         ]
 
+    def machine(self, name: str, room: int) -> Machine:
+        return self.machines.get(name, Machine(limit=room))
+
     def told(self, node: str) -> tuple[Told, ...]:
-        return tuple(Told(name, *state) for (where, name), state in self.replicas.items() if where == node)
+        return tuple(
+            Told(name, *state, seat=self.seats[where, name])
+            for (where, name), state in self.replicas.items()
+            if where == node
+        )
 
     def ready(self) -> int:
         return len([1 for (node, _), (_, state) in self.replicas.items() if node not in self.away and state == "ready"])
@@ -65,6 +78,7 @@ class World:
         self.wish = replace(self.wish, current=found.current, next=found.next)
         for node, placements in found.assigned.items():
             names = {one.name: one.version for one in placements}
+            self.seats |= {(node, one.name): one.seat for one in placements}
             for key in [key for key in self.replicas if key[0] == node and key[1] not in names]:
                 version, state = self.replicas[key]
                 self.replicas[key] = version, "ended" if state == "failed" else "draining"
@@ -181,7 +195,7 @@ def test_nothing_is_started_beyond_the_budget() -> None:
 
 
 def test_a_node_without_a_price_is_not_used_where_there_is_a_budget() -> None:
-    seen = [NodeSeen("a", 4, None)]
+    seen = [NodeSeen("a", Machine(limit=4), None)]
     found = decide(wish(1, budget=5.0), seen, Load(), 0.0, Memory())
     assert found.assigned["a"] == ()
     assert decide(wish(1), seen, Load(), 0.0, Memory()).assigned["a"]
@@ -250,9 +264,9 @@ def test_a_bad_version_at_max_of_one_is_given_up_and_the_good_one_comes_back() -
     ("state", "restarts", "said"), [("starting", 0, "not ready for 60 s"), ("down", 3, "started again 3 times")]
 )
 def test_a_new_version_that_is_late_or_crashes_is_given_up(state: str, restarts: int, said: str) -> None:
-    first = decide(wish(0, 2, next=2), [NodeSeen("a", 2)], Load(), 0.0, Memory())
+    first = decide(wish(0, 2, next=2), [NodeSeen("a", Machine(limit=2))], Load(), 0.0, Memory())
     (one,) = first.assigned["a"]
-    seen = [NodeSeen("a", 2, replicas=(Told(one.name, 2, state, restarts=restarts),))]
+    seen = [NodeSeen("a", Machine(limit=2), replicas=(Told(one.name, 2, state, restarts=restarts, seat=one.seat),))]
     found = decide(wish(0, 2, next=2), seen, Load(), 59.0 if restarts else 61.0, first.memory)
     assert found.next is None
     assert any(said in event.text for event in found.events if event.kind == "rolled back")
@@ -299,6 +313,80 @@ def test_after_a_restart_the_controller_goes_on_with_what_runs() -> None:
     world.load = Load(idle_s=0)
     world.settle(20)
     assert world.replicas == before
+
+
+# parts of GPUs
+
+ONE, TWO, THREE, PAIR = Share(1, 1), Share(1, 2), Share(1, 3), Share(2, 1)
+
+
+def gpu_world(most: int, gpus: int = 1, shares: dict[int, Share] | None = None, **changes: Any) -> World:
+    """One node with so many GPUs, and version 1 of two services on each."""
+    offers: dict[int, Offers] = {version: (("h100", share),) for version, share in (shares or {1: TWO}).items()}
+    asked = wish(most, most, offers=offers, **changes)
+    return World(asked, nodes={"a": (2.0, 9)}, machines={"a": Machine("h100", gpus)})
+
+
+def test_a_gpu_holds_as_many_replicas_as_its_recipe_has_services() -> None:
+    world = gpu_world(3)
+    world.settle()
+    assert world.running() == [("a", 1)] * 2
+    assert sorted(one.gpus for one in world.seats.values()) == [(0,), (0,)]
+    assert any("no node has room" in event.text for event in world.events if event.kind == "waits")
+
+
+def test_services_are_spread_over_the_gpus_of_a_node() -> None:
+    world = gpu_world(3, gpus=2)
+    world.settle()
+    assert sorted(one.gpus for one in world.seats.values()) == [(0,), (0,), (1,)]
+
+
+def test_an_engine_of_two_gpus_takes_two_that_are_free() -> None:
+    world = gpu_world(4, gpus=5, shares={1: PAIR})
+    world.settle()
+    assert sorted(one.gpus for one in world.seats.values()) == [(0, 1), (2, 3)]
+
+
+@pytest.mark.parametrize(("old", "new", "held"), [(ONE, THREE, 3), (THREE, ONE, 1), (TWO, THREE, 3)])
+def test_a_version_that_shares_a_gpu_otherwise_waits_for_the_part_that_it_needs(
+    old: Share, new: Share, held: int
+) -> None:
+    """Nothing of the new one starts beside so much of the old one that the GPU has not enough left."""
+    world = gpu_world(old.services, shares={1: old, 2: new}, max_unavailable=old.services)
+    world.checks.append(promises)
+    world.settle()
+    assert len(world.running()) == old.services
+    world.wish = replace(world.wish, next=2, scale=replace(world.wish.scale, min=held, max=held), max_unavailable=held)
+    world.settle(40)
+    assert world.running() == [("a", 2)] * held
+    assert world.wish.current == 2
+
+
+def test_for_a_version_that_fits_nowhere_nothing_is_taken_down() -> None:
+    world = gpu_world(1, shares={1: ONE, 2: PAIR}, max_unavailable=1)
+    world.settle()
+    world.wish = replace(world.wish, next=2)
+    world.settle()
+    assert world.running() == [("a", 1)]
+    assert any("no node has room for another replica of version 2" in event.text for event in world.events)
+
+
+def test_recipes_that_share_a_machine_otherwise_take_turns_where_they_fit() -> None:
+    world = gpu_world(3, gpus=2)
+    world.machines["a"] = Machine("h100", 2, limit=9, turns=True)
+    world.wish = replace(world.wish, offers={1: (("h100", TWO), ("h100", ONE))})
+    world.settle()
+    assert sorted((name, one.gpus, one.of) for (_, name), one in world.seats.items()) == [
+        ("r1", (0,), 2),
+        ("r2", (1,), 1),
+        ("r3", (0,), 2),
+    ]
+
+
+def test_of_an_unknown_version_a_node_holds_as_many_as_it_says() -> None:
+    world = World(wish(4), nodes={"a": (0.1, 2)}, machines={"a": Machine("h100", 1, limit=2)})
+    world.settle()
+    assert world.running() == [("a", 1)] * 2
 
 
 # over any order of events
@@ -366,12 +454,32 @@ def promises(world: World, found: Decision) -> None:
         assert len({one.name for one in ones} | {name for where, name in seen if where == node}) <= max(
             world.nodes[node][1], len([1 for where, _ in seen if where == node])
         )
+        if any((node, one.name) in added for one in ones):
+            seats = {key: world.seats[key] for key in seen} | {(node, one.name): one.seat for one in ones}
+            parts: dict[int, Fraction] = {}
+            for (where, _), seat in seats.items():
+                for gpu in seat.gpus if where == node else ():
+                    parts[gpu] = parts.get(gpu, Fraction()) + Fraction(1, seat.of)
+            assert max(parts.values(), default=0) <= 1, "more of a GPU than there is"
+            assert set(parts) <= set(range(world.machine(node, 0).gpus))
+    for one in (one for ones in found.assigned.values() for one in ones if (one.node, one.name) in added):
+        share = dict(world.wish.offers.get(one.version, ())).get("h100")
+        assert share is None or not one.seat.gpus or (len(one.seat.gpus), one.seat.of) == (share.gpus, share.services)
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(ACTS, max_size=40), st.sampled_from([None, 0.5, 1.2]))
-def test_whatever_happens_the_limits_hold_and_it_comes_to_rest(acts: list[Act], budget: float | None) -> None:
-    world = World(wish(1, 4, budget=budget, max_unavailable=1), checks=[promises])
+@given(
+    st.lists(ACTS, max_size=40),
+    st.sampled_from([None, 0.5, 1.2]),
+    st.lists(st.sampled_from([Share(), ONE, TWO, THREE, PAIR]), min_size=1, max_size=3),
+)
+def test_whatever_happens_the_limits_hold_and_it_comes_to_rest(
+    acts: list[Act], budget: float | None, shares: list[Share]
+) -> None:
+    """``shares``: of versions, in turn."""
+    offers: dict[int, Offers] = {version: (("h100", shares[version % len(shares)]),) for version in range(1, 150)}
+    world = World(wish(1, 4, budget=budget, max_unavailable=1, offers=offers), checks=[promises])
+    world.machines = {name: Machine("h100", gpus, limit=NODES[name][1]) for name, gpus in GPUS.items()}
     versions = iter(range(2, 1000))
     for act in acts:
         play(world, act, versions)

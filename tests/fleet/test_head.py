@@ -108,6 +108,20 @@ def test_a_head_writes_what_is_wanted_and_opens_the_lane(scene: Scene) -> None:
     }
 
 
+def test_a_replicas_place_stands_beside_its_name_and_outlives_the_head(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, min=3, max=3)
+    scene.spec["versions"][0]["shares"] = [{"device": "x", "gpus": 1, "services": 2}]
+    told = {"gpus": 1, "room": None}
+    for head in (Head(scene.spec, scene.around), Head(scene.spec, scene.around)):
+        for _ in range(3):
+            scene.tell(**told)
+            head.round()
+        assert scene.assigned() == [("r1", 1), ("r2", 1)]
+        assert head.room() == 2
+    (assigned,) = scene.board.read("assigned/").values()
+    assert [(one["gpus"], one["of"]) for one in assigned["replicas"]] == [([0], 2), ([0], 2)]
+
+
 def test_what_the_board_has_lost_is_written_again(scene: Scene) -> None:
     scene.rounds()
     scene.board.remove("spec")

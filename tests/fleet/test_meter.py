@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from toolchain.errors import ArtifactError
 from toolchain.fleet import wire
 from toolchain.fleet.meter import Meter
+from toolchain.fleet.seats import Seat
 from toolchain.ledger.book import Ledger
 from toolchain.ledger.checking import verify
 from toolchain.ledger.record import Head, Usage
@@ -32,14 +33,20 @@ class Clock:
         return int(self.now_s * 1e9)
 
 
-def node(name: str = "n1", *replicas: tuple[str, str], price: float | None = 0.36, gpus: int = 1) -> dict[str, Any]:
+def node(
+    name: str = "n1",
+    *replicas: tuple[str, str],
+    price: float | None = 0.36,
+    gpus: int = 1,
+    seat: Seat = Seat((0,)),  # noqa: B008
+) -> dict[str, Any]:
     return {
         "node": name,
         "provider": f"of-{name}",
         "device": "rtx4090",
         "gpus": gpus,
         "price_per_hour": price,
-        "replicas": [{"name": replica, "state": state} for replica, state in replicas],
+        "replicas": [{"name": replica, "state": state, **seat.told()} for replica, state in replicas],
     }
 
 
@@ -93,12 +100,35 @@ def test_further_answers_of_a_request_do_not_count_it_and_its_prompt_again(scene
 
 
 def test_a_nodes_time_is_shared_by_those_that_are_ready(scene: Scene) -> None:
-    scene.seconds(4, node("n1", ("a", "ready"), ("b", "starting"), gpus=2))
-    scene.seconds(6, node("n1", ("a", "ready"), ("b", "ready"), gpus=2))
-    scene.seconds(5, node("n1", ("a", "down"), ("b", "draining"), gpus=2))
+    pair = Seat((0, 1), 2)
+    scene.seconds(4, node("n1", ("a", "ready"), ("b", "starting"), gpus=2, seat=pair))
+    scene.seconds(6, node("n1", ("a", "ready"), ("b", "ready"), gpus=2, seat=pair))
+    scene.seconds(5, node("n1", ("a", "down"), ("b", "draining"), gpus=2, seat=pair))
     scene.meter.close()
     booked = {one.replica: (one.node_ms, one.gpu_ms, one.earned) for one in usages(scene.path)}
-    assert booked == {"a": (7000, 14000, Decimal("0.0007")), "b": (3000, 6000, Decimal("0.0003"))}
+    assert booked == {"a": (7000, 10000, Decimal("0.0007")), "b": (3000, 6000, Decimal("0.0003"))}
+
+
+def test_one_of_two_services_has_half_a_gpu_and_the_price_is_earned_once(scene: Scene) -> None:
+    half = Seat((0,), 2)
+    scene.seconds(6, node("n1", ("a", "ready"), seat=half))
+    scene.seconds(6, node("n1", ("a", "ready"), ("b", "ready"), seat=half))
+    scene.meter.close()
+    booked = {one.replica: (one.node_ms, one.gpu_ms) for one in usages(scene.path)}
+    assert booked == {"a": (9000, 6000), "b": (3000, 3000)}
+    total = report(scene.path, ("node",)).total.columns()
+    assert (total["node_seconds"], total["gpu_seconds"], total["earned_usd"]) == ("12", "9", "0.0012")
+
+
+def test_a_node_gives_itself_no_more_gpu_time_than_it_was_assigned(scene: Scene) -> None:
+    said = {"nodes/n1": node("n1", ("a", "ready"), gpus=8, seat=Seat(tuple(range(8))))}
+    for gpus in (8, 0):
+        for _ in range(2):
+            scene.meter.tick({key: {**one, "gpus": gpus} for key, one in said.items()}, {"n1": {"a": Seat((0,), 2)}})
+            scene.clock.now_s += 1
+    scene.meter.close()
+    assert {one.gpus: (one.node_ms, one.gpu_ms) for one in usages(scene.path)} == {8: (1000, 500), 0: (2000, 0)}
+    assert verify(scene.path).sound
 
 
 def test_what_the_board_no_longer_shows_earns_nothing(scene: Scene) -> None:
@@ -122,8 +152,9 @@ def test_a_name_that_no_node_has_is_booked_to_nobody(scene: Scene) -> None:
 
 def test_a_node_earns_nothing_for_replicas_that_are_anothers(scene: Scene) -> None:
     honest, thief = node("n1", ("a", "ready")), node("n2", ("a", "ready"), ("b", "ready"))
+    given = {"n1": {"a": Seat((0,))}}
     for _ in range(3):
-        scene.meter.tick({"nodes/n2": thief, "nodes/n1": honest, "nodes/n3": {**honest, "node": "n1"}}, {"n1": ["a"]})
+        scene.meter.tick({"nodes/n2": thief, "nodes/n1": honest, "nodes/n3": {**honest, "node": "n1"}}, given)
         scene.meter.answer("a", tokens_out=10)
         scene.clock.now_s += 1
     scene.meter.close()

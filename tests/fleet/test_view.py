@@ -55,6 +55,16 @@ def test_status_shows_nodes_replicas_and_what_they_cost(shown: Shown, door: Gate
     ]
 
 
+def test_status_shows_the_room_that_the_recipes_services_give(shown: Shown, door: Gateway) -> None:
+    version = {"version": 1, "shares": [{"device": "rtx4090", "gpus": 1, "services": 3}]}
+    shown.board.put("spec", {**shown.board.read("spec")["spec"], "versions": [version]})
+    shown.node("n1", replica("r1", gpus=[0], of=3), replica("r2", gpus=[0], of=3), gpus=2, room=None)
+    shown.node("n2", replica("r3", gpus=[0], of=3), room=2)
+    fleet = status(door)["fleet"]
+    assert [node["room"] for node in fleet["nodes"]] == [6, 2]
+    assert fleet["cost_per_hour"] == "0.88", "a node's price counts once"
+
+
 def test_tokens_a_second_are_what_the_gateway_counted(shown: Shown, door: Gateway) -> None:
     shown.node("n1", replica("r1", tokens=10**9), replica("r2"))
     shown.tick()

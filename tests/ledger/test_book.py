@@ -46,6 +46,7 @@ def used(minute: int = 0, **other: Any) -> Usage:
         "device": "rtx4090",
         "replica": "one",
         "gpus": 2,
+        "gpu_ms": 120_000,
         "node_ms": 60_000,
         "price_per_hour": Decimal("0.44"),
         "requests": 3,

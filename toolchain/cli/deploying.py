@@ -43,7 +43,7 @@ def deploy() -> None:
     \b
     DEPLOYMENT.yaml:
       endpoint: my-llama        # what clients call the model
-      recipes: [tiny]           # in turn; all of one model
+      recipes: [tiny]           # in turn; all of one model; of services: N, N replicas share a GPU
       replicas:
         min: 0                  # 0: none while nobody asks; a request wakes one
         max: 4

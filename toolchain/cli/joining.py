@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from toolchain.cli.flags import common, complete_recipe, open_screen, work_flag
+
+if TYPE_CHECKING:
+    from toolchain.fleet.seats import Share
 
 
 @click.command()
@@ -39,7 +42,12 @@ def token(endpoint: str, expires: str, uses: int, work: Path, json_output: bool,
 @click.command()
 @click.argument("text", metavar="TOKEN")
 @click.option("--name", metavar="NODE", help="What this machine is called in the endpoint. [default: its host's name]")
-@click.option("--room", type=click.IntRange(1, 64), metavar="N", help="Replicas at once. [default: one for each GPU]")
+@click.option(
+    "--room",
+    type=click.IntRange(1, 64),
+    metavar="N",
+    help="Replicas at once, at most. [default: the recipe's services, on each GPU]",
+)
 @click.option("--provider", default="own", show_default=True, metavar="NAME", help="Whose machine it is.")
 @click.option("--price-per-hour", type=click.FloatRange(min=0), metavar="USD", help="Of this machine while it works.")
 @click.option("--registry", metavar="FOLDER|URL", help="Fetch engines from here. [default: where the endpoint says]")
@@ -78,19 +86,23 @@ def join(text: str, work: Path, json_output: bool, verbose: int, **flags: Any) -
     notices = Notices(flags["spot"], flags["metadata"] or "") if flags["spot"] else None
     folder = stage.folder_of(work, wanted.endpoint)
     device, gpus = stage.machine()
-    provide = _building(screen, flags["recipe"], work) if flags["recipe"] else _fetching(screen, folder, device, flags)
+    provide, own = (
+        _building(screen, flags["recipe"], work) if flags["recipe"] else _fetching(screen, folder, device, flags)
+    )
     membership = joining.join(wanted, flags["name"] or joining.own_name(), folder)
     node = Node(
         name=membership.node,
         provider=flags["provider"],
         device=device,
-        gpus=gpus,
-        room=flags["room"] or max(1, gpus),
+        gpus=len(gpus),
+        room=flags["room"],
+        own=own,
         price_per_hour=flags["price_per_hour"],
     )
-    screen.emit({"endpoint": wanted.endpoint, "node": node.name, "device": device, "room": node.room, "folder": folder})
+    told = {"device": device, "gpus": node.gpus, "room": node.room, "folder": folder}
+    screen.emit({"endpoint": wanted.endpoint, "node": node.name, **told})
     screen.say(f"{node.name} is a node of {wanted.endpoint}; Ctrl-C drains it.")
-    stage.serve(membership, node, provide, progress=screen, check=_conformance(), notices=notices)
+    stage.serve(membership, node, provide, progress=screen, check=_conformance(), notices=notices, gpus=gpus)
 
 
 @click.command()
@@ -115,22 +127,25 @@ def revoke(endpoint: str, node: str, work: Path, json_output: bool, verbose: int
     screen.say(f"{node} is no node of {endpoint} any more")
 
 
-def _fetching(screen: Any, folder: Path, device: str, flags: dict[str, Any]) -> Any:
+def _fetching(screen: Any, folder: Path, device: str, flags: dict[str, Any]) -> tuple[Any, None]:
     from toolchain.pipeline.packing import check_code
     from toolchain.stages.join import fetching
 
     def check(manifest: Any) -> None:
         check_code(manifest, "the endpoint's registry")
 
-    return fetching(folder, device, screen, check=check, registry=flags["registry"] or "")
+    return fetching(folder, device, screen, check=check, registry=flags["registry"] or ""), None
 
 
-def _building(screen: Any, recipe: str, work: Path) -> Any:
-    """The repository of a recipe, made now where it is missing or stale; the same for every version."""
+def _building(screen: Any, recipe: str, work: Path) -> tuple[Any, Share]:
+    """The repository of a recipe, made now where it is missing or stale, the same for every version; and what a
+    replica of it takes.
+    """
     from toolchain.cli.deploying import built
+    from toolchain.fleet.versions import share_of
 
     repository = built(screen, recipe, work)
-    return lambda _version, _replica: repository
+    return lambda _version, _replica: repository, share_of(repository)
 
 
 def _conformance() -> Any:

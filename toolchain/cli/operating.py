@@ -44,13 +44,14 @@ def status(work: Path, json_output: bool, verbose: int) -> None:
         wanted = f"{endpoint['desired']} wanted of {endpoint['min']} to {endpoint['max']}"
         port = endpoint["ports"]["openai"]
         screen.say(f"{endpoint['endpoint']}: {endpoint['state']}, port {port}; {wanted}; {version}")
+        if note := _room_of(endpoint):
+            screen.say(f"  {note}")
         for one in endpoint["replicas"]:
             why = f": {one['why']}" if one["why"] else ""
             pids = ", ".join(f"{name} {pid}" for name, pid in one["pids"].items())
+            about = f"{pids}; {one['restarts']} restarts{_seat(one)}"
             where = f"{one['node']}/{one['name']}"
-            screen.say(
-                f"  {where}  version {one['version']}  {one['state']}{why}  ({pids}; {one['restarts']} restarts)"
-            )
+            screen.say(f"  {where}  version {one['version']}  {one['state']}{why}  ({about})")
     if not found:
         screen.say("No endpoint runs here.")
 
@@ -88,7 +89,10 @@ def scale(
         "min": least if replicas is None else replicas,
         "max": most if replicas is None else replicas,
     }
-    answer = stage.ask(stage.Place.of(work, endpoint), ask)
+    place = stage.Place.of(work, endpoint)
+    answer = stage.ask(place, ask)
+    if note := _room_of({**(place.read() or {}), **answer, "endpoint": endpoint}):
+        screen.note(f"note: {note}")
     screen.emit({"endpoint": endpoint, "min": answer["min"], "max": answer["max"]})
     screen.say(f"{endpoint}: {answer['min']} to {answer['max']} replicas\nNext: scalellm deploy status")
 
@@ -147,6 +151,25 @@ def down(endpoint: str, timeout_s: float, work: Path, json_output: bool, verbose
     ended = stage.down(stage.Place.of(work, endpoint), timeout_s)
     screen.emit({"endpoint": endpoint, "ended": ended})
     screen.say(f"{endpoint}: ended" if ended else f"{endpoint}: does not run here")
+
+
+def _room_of(endpoint: Mapping[str, Any]) -> str:
+    """What stands in the way of as many replicas as it may have; empty where nothing does."""
+    name, most = endpoint["endpoint"], endpoint["max"]
+    room = endpoint.get("room", most)
+    if room >= most:
+        return ""
+    if endpoint["network"]:
+        return f"room for {room} of {most} replicas; for more, machines must join: scalellm deploy token {name}"
+    return f"this machine has room for {room} of {most} replicas: scalellm deploy scale {name} --max {max(1, room)}"
+
+
+def _seat(replica: Mapping[str, Any]) -> str:
+    """Which GPUs it has, or which part of one."""
+    gpus, of = replica.get("gpus"), replica.get("of", 1)
+    if not gpus:
+        return ""
+    return f"; GPU {', '.join(map(str, gpus))}" + (f", one of {of} services" if of > 1 else "")
 
 
 def line_of(event: Mapping[str, Any]) -> str:

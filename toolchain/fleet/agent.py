@@ -9,16 +9,17 @@ import functools
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from toolchain.admission import Asked, admit
-from toolchain.errors import EndpointError, ScalellmError
+from toolchain.errors import ArtifactError, EndpointError, ScalellmError
 from toolchain.fleet import membership
 from toolchain.fleet.board import Board
 from toolchain.fleet.replica import Check, Offer, Replica
+from toolchain.fleet.seats import Seat, Share
 from toolchain.progress import Progress
 
 TTL_S = 10.0
@@ -37,10 +38,22 @@ class Node:
     provider: str = "local"
     device: str = ""
     gpus: int = 0
-    room: int = 1
-    """How many replicas it can hold."""
+    room: int | None = None
+    """How many replicas it holds at most; None: as many as their recipes' ``services`` say, see ``seats``."""
+    own: Share | None = None
+    """Of the recipe by which it builds its engine itself."""
+    turns: bool = False
+    """Whether its replicas take all of the endpoint's recipes in turn."""
     price_per_hour: float | None = None
     """US dollars, of the whole node while it runs at least one replica; None where nobody knows."""
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A replica, as the board wants it."""
+
+    version: int
+    seat: Seat
 
 
 class Running(Protocol):
@@ -58,8 +71,8 @@ class Running(Protocol):
 
 
 Make = Callable[[str, Mapping[str, Any]], Running]
-"""A replica's name and the version that it is to run (one of the board's ``spec``, and under ``trial`` whether it has
-still to take the place of another) -> the replica, not yet started.
+"""A replica's name and the version that it is to run (one of the board's ``spec``, under ``trial`` whether it has still
+to take the place of another, under ``gpus`` the numbers of its GPUs) -> the replica, not yet started.
 """
 
 
@@ -71,10 +84,19 @@ class Maker:
     """Replicas of this machine: repository, gate, Triton and worker. A ``Make``."""
 
     def __init__(
-        self, folder: Path, discovery: str, provide: Provide, *, progress: Progress, check: Check | None = None
+        self,
+        folder: Path,
+        discovery: str,
+        provide: Provide,
+        *,
+        progress: Progress,
+        check: Check | None = None,
+        gpus: Sequence[str] = (),
     ) -> None:
-        """``check`` is asked of each replica's server while its version is on trial, and always where that wants it."""
-        self._folder, self._discovery, self._provide = folder, discovery, provide
+        """``check`` is asked of each replica's server while its version is on trial, and always where that wants it.
+        ``gpus``: how CUDA_VISIBLE_DEVICES names those of the node, in the order in which they are numbered.
+        """
+        self._folder, self._discovery, self._provide, self._gpus = folder, discovery, provide, gpus
         self._progress, self._check = progress, check
         self._made: dict[str, Replica] = {}
 
@@ -90,7 +112,8 @@ class Maker:
         folder = self._folder / "replicas" / name
         self._prune(folder.parent)
         provide = functools.partial(self._checked, version, name)
-        self._made[name] = Replica(name, provide, folder, offer, progress=self._progress, check=check)
+        gpus = [self._gpus[one] for one in version["gpus"] if one < len(self._gpus)]
+        self._made[name] = Replica(name, provide, folder, offer, progress=self._progress, check=check, gpus=gpus)
         return self._made[name]
 
     def _prune(self, folder: Path) -> None:
@@ -102,6 +125,8 @@ class Maker:
 
     def _checked(self, version: Mapping[str, Any], name: str) -> Path:
         """Its repository, whose engine is of the endpoint's model and may be trusted. Raises ScalellmError."""
+        if version["gpus"] and max(version["gpus"]) >= len(self._gpus):
+            raise ArtifactError(f"{name} is to run on GPU {max(version['gpus'])}, and there are {len(self._gpus)} here")
         repository = self._provide(version, name)
         membership.checked_passport(repository, str(version["identity"]))
         admit(repository, Asked(allow_unverified=bool(version["allow_unverified"])))
@@ -114,9 +139,9 @@ class Agent:
     def __init__(self, node: Node, board: Board, make: Make, progress: Progress) -> None:
         self.node = node
         self._board, self._make, self._progress = board, make, progress
-        self._running: dict[str, tuple[int, Running]] = {}
+        self._running: dict[str, tuple[_Wanted, Running]] = {}
         self._ending: dict[str, threading.Thread] = {}
-        self._wanted: dict[str, int] = {}
+        self._wanted: dict[str, _Wanted] = {}
         self._versions: dict[int, dict[str, Any]] = {}
         self._next: int | None = None
         self.failure: ScalellmError | None = None
@@ -141,7 +166,10 @@ class Agent:
 
     def replicas(self) -> list[dict[str, Any]]:
         """How each is."""
-        return [{**one.state(), "version": version} for version, one in list(self._running.values())]
+        return [
+            {**one.state(), "version": wanted.version, **wanted.seat.told()}
+            for wanted, one in list(self._running.values())
+        ]
 
     def drain(self) -> None:
         """Takes no new replicas, ends those that run as gently as they were told, and leaves the board."""
@@ -156,7 +184,7 @@ class Agent:
     def kill(self) -> None:
         """Ends everything at once."""
         self._state = "draining"
-        in_parallel(one.kill for _version, one in list(self._running.values()))
+        in_parallel(one.kill for _wanted, one in list(self._running.values()))
         for thread in self._ending.values():
             thread.join()
         self._running.clear()
@@ -176,13 +204,16 @@ class Agent:
             self._versions = {int(one["version"]): one for one in spec["versions"]}
             self._next = spec.get("next")
         if assigned is not None:  # a board that has forgotten it does not want the end of everything
-            self._wanted = {str(one["name"]): int(one["version"]) for one in assigned["replicas"]}
+            self._wanted = {
+                str(one["name"]): _Wanted(int(one["version"]), Seat.read(one)) for one in assigned["replicas"]
+            }
 
     def _reconcile(self) -> None:
-        for name, version in self._wanted.items():
-            if name not in self._running and version in self._versions:
-                one = self._make(name, {**self._versions[version], "trial": version == self._next})
-                self._running[name] = version, one
+        for name, wanted in self._wanted.items():
+            if name not in self._running and wanted.version in self._versions:
+                more = {"trial": wanted.version == self._next, "gpus": wanted.seat.gpus}
+                one = self._make(name, {**self._versions[wanted.version], **more})
+                self._running[name] = wanted, one
                 one.start()
         self._end(name for name in self._running if name not in self._wanted)
         self._forget()
@@ -190,7 +221,7 @@ class Agent:
     def _end(self, names: Iterable[str]) -> None:
         for name in list(names):
             if name not in self._ending:
-                _version, one = self._running[name]
+                _wanted, one = self._running[name]
                 self.failure = one.failure or self.failure
                 self._ending[name] = threading.Thread(target=one.kill if one.failure else one.stop, name=f"end-{name}")
                 self._ending[name].start()

@@ -5,6 +5,8 @@ What it holds to, of its own doing:
 * never more than ``max`` replicas, those that still drain included; while a version is replaced, at most one more than
   the load wants (the surge), and never above ``max`` either;
 * never fewer than ``min - max_unavailable`` that take requests; what fails or is lost is replaced;
+* never more replicas on a node than it has room for: of no GPU are more parts taken than it has, those that still
+  drain and those of another version included;
 * the nodes in use never cost more than the budget. Money comes before the number of replicas: a node whose price has
   risen beyond it is given up.
 
@@ -42,7 +44,7 @@ class _Round:
         self.number, self.failures = memory.number, dict(memory.failures)
         avoided = {node: until for node, (_times, until) in self.failures.items()}
         seen = {node.name: node for node in nodes}
-        self.sight = Sight(seen, dict(memory.placed), avoided, wish.budget)
+        self.sight = Sight(seen, dict(memory.placed), avoided, wish.budget, wish.offers)
         self.events: list[Event] = []
         self.desired = 0
         self.waits = ""
@@ -202,22 +204,21 @@ class _Round:
         """Whether there was a place for it."""
         if self.sight.live() >= self._limit():
             return False
-        node = self.sight.place_for(self.now, anywhere=anywhere)
-        if node is None:
-            self.waits = self._why_no_place()
+        one = self.sight.place_for(version, self.number + 1, self.now, anywhere=anywhere)
+        if one is None:
+            self.waits = self._why_no_place(version)
             return False
-        self.number += 1
-        one = Placement(f"r{self.number}", node, version, self.now)
+        self.number = int(one.name[1:])
         self.placed[one.name] = one
-        self._say("started", f"replica {one.name} (version {version}) is wanted on {node}", one)
+        self._say("started", f"replica {one.name} (version {version}) is wanted on {one.node}", one)
         return True
 
-    def _why_no_place(self) -> str:
+    def _why_no_place(self, version: int) -> str:
         sight = self.sight
-        open_nodes = [node for node in sight.nodes.values() if node.up and sight.live(node.name) < node.room]
-        if not open_nodes:
-            return "no node has room for another replica"
-        if not any(sight.within_budget(node.name) for node in open_nodes):
+        nodes = {node for number in sight.numbers(version, self.number + 1) for node in sight.free(version, number)}
+        if not nodes:
+            return f"no node has room for another replica of version {version}"
+        if not any(sight.within_budget(node) for node in nodes):
             return f"another replica would cost more than ${self.wish.budget:g}/h"
         return "the nodes with room are left alone for some seconds, because a replica has failed there"
 
@@ -234,7 +235,11 @@ class _Round:
             self._make_room(victims)
 
     def _make_room(self, victims: list[Placement]) -> None:
-        """One old less, so that one new has its place."""
+        """One old less, so that one new has its place; none where even an empty node has none."""
+        version = self.next if self.next is not None else self.current
+        if not any(node.up and self.sight.room(node, version) for node in self.sight.nodes.values()):
+            self.waits = self._why_no_place(version)
+            return
         one = min(victims, key=self._worth)
         ready = self.sight.ready() - self.sight.is_ready(one)
         left = len(victims) - 1 if self._trial() else ready
@@ -257,7 +262,8 @@ class _Round:
     def _worth(self, one: Placement) -> tuple[bool, float, int]:
         """The least is dropped first: what is not ready, then what is dear, then what came last."""
         node = self.sight.nodes[one.node]
-        return self.sight.is_ready(one), -(node.price_per_hour or 0.0) / max(1, node.room), -int(one.name[1:])
+        price = (node.price_per_hour or 0.0) / max(1, self.sight.room(node, one.version))
+        return self.sight.is_ready(one), -price, -int(one.name[1:])
 
     def _drop(self, one: Placement, why: str) -> None:
         del self.placed[one.name]

@@ -25,6 +25,7 @@ from toolchain.fleet.meter import Meter
 from toolchain.fleet.pricing import priced
 from toolchain.fleet.rounds import Decision, Event, Memory, Wish
 from toolchain.fleet.scaling import Scale
+from toolchain.fleet.seats import Offers, Seat, offers_of
 from toolchain.fleet.sight import NodeSeen, Placement
 from toolchain.fleet.traffic import Course, Lane, Traffic
 from toolchain.progress import Progress
@@ -67,8 +68,8 @@ class Head:
         self.nodes: Mapping[str, Mapping[str, Any]] = {}
         """As they told of themselves last, by the board's keys."""
         self._memory: Memory | None = None
-        self._given: dict[str, set[str]] = {}
-        """Node -> replicas that it was given and that may still answer."""
+        self._given: dict[str, dict[str, Seat]] = {}
+        """Node -> replicas that it was given and that may still answer, and their places there."""
         self._begun_s = time.monotonic()
         self._begun = False
         """Whether a replica was ready at any time."""
@@ -133,7 +134,15 @@ class Head:
         while any(told["replicas"] for told in board.read("nodes/").values()) and time.monotonic() < until:
             time.sleep(ROUND_S)
 
+    def room(self) -> int:
+        """How many replicas of the present version the nodes would hold that are there."""
+        offers = self._offers().get(int(self._spec["current"]), ())
+        return sum(node.machine.room(offers) for node in _seen(self.nodes) if node.up)
+
     # what is wanted
+
+    def _offers(self) -> dict[int, Offers]:
+        return {int(one["version"]): offers_of(one) for one in self._spec["versions"]}
 
     def _wish(self) -> Wish:
         spec = self._spec
@@ -145,6 +154,7 @@ class Head:
             max_unavailable=int(least == most) if unavailable is None else unavailable,
             start_s=spec["start_seconds"],
             budget=spec["max_price_per_hour"],
+            offers=self._offers(),
         )
 
     def _remembered(self, nodes: Mapping[str, Any]) -> Memory | None:
@@ -154,7 +164,7 @@ class Head:
         assigned = self._around.board.read("assigned/")
         now = time.monotonic()
         placed = [
-            Placement(one["name"], key.removeprefix("assigned/"), int(one["version"]), now)
+            Placement(one["name"], key.removeprefix("assigned/"), int(one["version"]), now, Seat.read(one))
             for key, wanted in assigned.items()
             for one in wanted["replicas"]
         ]
@@ -169,8 +179,9 @@ class Head:
         self._lanes = {version: lane for version, lane in self._lanes.items() if version in known}
         for node in seen:
             told = {one.name for one in node.replicas}
-            wanted = {one.name for one in found.assigned[node.name]}
-            self._given[node.name] = (self._given.get(node.name, set()) & told) | wanted
+            wanted = {one.name: one.seat for one in found.assigned[node.name]}
+            before = self._given.get(node.name, {})
+            self._given[node.name] = {name: seat for name, seat in before.items() if name in told} | wanted
 
     # what is told
 
@@ -192,7 +203,9 @@ class Head:
         """The nodes, by way of the board: what is new there, or has been lost."""
         board = self._around.board
         wanted = {
-            f"assigned/{node}": {"replicas": [{"name": one.name, "version": one.version} for one in placed]}
+            f"assigned/{node}": {
+                "replicas": [{"name": one.name, "version": one.version, **one.seat.told()} for one in placed]
+            }
             for node, placed in found.assigned.items()
         }
         there = {**board.read("assigned/"), **board.read("spec")}

@@ -2,8 +2,8 @@
 
 The gateway counts what it has got itself. An item says which replica gave it; that name counts for the node to which
 the head assigned it, so a node can give away its own tokens but take none of another's. Time counts while the board
-shows an assigned replica ready: a node's time is shared by those of its replicas that are ready at once, so that a node
-with one GPU and three replicas earns for one.
+shows an assigned replica ready: a node's time is shared by those of its replicas that are ready at once, so that its
+price is earned once, and of GPU time a replica has its part of its GPUs: a third of one for one of three services.
 Booked once an interval of the clock (UTC) and at the end; what ``kill -9`` loses is the interval that is open.
 """
 
@@ -13,13 +13,14 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, Protocol
 
 from toolchain.errors import ScalellmError
 from toolchain.fleet import wire
+from toolchain.fleet.seats import Seat
 from toolchain.ledger.record import Head, Usage
 
 INTERVAL_S = 60
@@ -66,6 +67,7 @@ class Counts:
     """Of one replica."""
 
     node_ns: int = 0
+    gpu_ns: int = 0
     requests: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
@@ -120,10 +122,11 @@ class Meter:
         return Booking(self, prompt_tokens if counted else 0, int(counted))
 
     def tick(
-        self, nodes: Mapping[str, Mapping[str, Any]], assigned: Mapping[str, Collection[str]] | None = None
+        self, nodes: Mapping[str, Mapping[str, Any]], assigned: Mapping[str, Mapping[str, Seat]] | None = None
     ) -> None:
         """What the board shows under ``nodes/``, about once a second. ``assigned``: node -> the names of the replicas
-        that it was given; None trusts the nodes. What a node says that makes no sense counts for nothing.
+        that it was given, and their places there; None trusts the nodes. What a node says that makes no sense counts
+        for nothing.
         """
         with self._lock:
             now_ns = self._steady_ns()
@@ -132,8 +135,8 @@ class Meter:
             for key, said in nodes.items():
                 node = key.removeprefix(NODES)
                 with contextlib.suppress(KeyError, TypeError, ValueError, ArithmeticError):
-                    names = None if assigned is None else assigned.get(node, ())
-                    self._see(node, said, names, min(past_ns, int(_LONGEST_S * 1e9)))
+                    given = None if assigned is None else assigned.get(node, {})
+                    self._see(node, said, given, min(past_ns, int(_LONGEST_S * 1e9)))
             self._samples.append((now_ns, dict(self._tokens)))
             while len(self._samples) > 2 and now_ns - self._samples[1][0] >= _RATE_S * 1e9:
                 self._samples.popleft()
@@ -145,8 +148,10 @@ class Meter:
         with self._lock:
             taken, begin_ms = self._open, self._begun_ms
             end_ms = self._begun_ms = max(self._now_ms(), begin_ms)
-            rests = {key: counts.node_ns % _NS_PER_MS for key, counts in taken.items()}
-            self._open = {key: Counts(node_ns=rest) for key, rest in rests.items() if rest}
+            rests = {
+                key: Counts(counts.node_ns % _NS_PER_MS, counts.gpu_ns % _NS_PER_MS) for key, counts in taken.items()
+            }
+            self._open = {key: replace(rest) for key, rest in rests.items() if rest.node_ns or rest.gpu_ns}
         usages = _usages(taken, begin_ms, end_ms)
         if not usages or self._ledger is None:
             return
@@ -159,7 +164,8 @@ class Meter:
             self._failed = True
             with self._lock:
                 for key, counts in taken.items():
-                    counts.node_ns -= rests[key]
+                    counts.node_ns -= rests[key].node_ns
+                    counts.gpu_ns -= rests[key].gpu_ns
                     self._add(key, counts)
                 self._begun_ms = begin_ms
 
@@ -187,21 +193,26 @@ class Meter:
         """The ledger's newest record; None without a ledger."""
         return self._head
 
-    def _see(self, node: str, said: Mapping[str, Any], names: Collection[str] | None, past_ns: int) -> None:
+    def _see(self, node: str, said: Mapping[str, Any], given: Mapping[str, Seat] | None, past_ns: int) -> None:
         place = place_of(node, said)
         states = {str(one["name"]): one["state"] for one in said["replicas"]}
-        states = {name: state for name, state in states.items() if names is None or name in names}
+        if given is None:
+            given = {str(one["name"]): Seat.read(one) for one in said["replicas"]}
+        states = {name: state for name, state in states.items() if name in given}
         for name in states:
             self._places[name] = place
             if name in self._loose:
                 self._add((name, place), self._loose.pop(name))
         ready = [name for name, state in states.items() if state == READY]
         for name in ready:
-            self._open.setdefault((name, place), Counts()).node_ns += past_ns // len(ready)
+            counts, seat = self._open.setdefault((name, place), Counts()), given[name]
+            counts.node_ns += past_ns // len(ready)
+            counts.gpu_ns += past_ns * min(len(seat.gpus), place.gpus) // seat.of
 
     def _add(self, key: tuple[str, Place], more: Counts) -> None:
         counts = self._open.setdefault(key, Counts())
         counts.node_ns += more.node_ns
+        counts.gpu_ns += more.gpu_ns
         counts.requests += more.requests
         counts.tokens_in += more.tokens_in
         counts.tokens_out += more.tokens_out
@@ -260,11 +271,12 @@ def _usages(taken: Mapping[tuple[str, Place], Counts], begin_ms: int, end_ms: in
             **vars(place),
             replica=replica,
             node_ms=counts.node_ns // _NS_PER_MS,
+            gpu_ms=counts.gpu_ns // _NS_PER_MS,
             requests=counts.requests,
             tokens_in=counts.tokens_in,
             tokens_out=counts.tokens_out,
             continued=counts.continued,
         )
-        if usage.node_ms or usage.requests or usage.tokens_in or usage.tokens_out:
+        if usage.node_ms or usage.gpu_ms or usage.requests or usage.tokens_in or usage.tokens_out:
             found.append(usage)
     return found

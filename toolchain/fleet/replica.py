@@ -11,12 +11,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolchain import runner
+from toolchain import gpu, runner
 from toolchain.errors import ArtifactError, EndpointError, ScalellmError
 from toolchain.fleet.worker import Spec
 from toolchain.progress import Progress
@@ -65,8 +65,10 @@ class Replica:
         *,
         progress: Progress,
         check: Check | None = None,
+        gpus: Sequence[str] = (),
     ) -> None:
-        self.name = name
+        """``gpus``: those that it gets, as CUDA_VISIBLE_DEVICES names them; none: what its engine takes by itself."""
+        self.name, self._gpus = name, gpus
         self._provide, self._folder, self._offer = provide, folder, offer
         self._progress, self._check = progress, check
         self._ports: Ports | None = None
@@ -152,7 +154,7 @@ class Replica:
         offer = self._offer
         needs, self._ports = needs_of(repository), free_ports()
         self._supervisor = Supervisor(
-            find_server("auto", environ=os.environ, needs=needs),
+            find_server("auto", environ={**os.environ, **gpu.only(self._gpus)}, needs=needs),
             repository,
             self._ports,
             log=self._folder / "triton.log",

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from toolchain.fleet.scaling import Scale
+from toolchain.fleet.seats import Offers
 from toolchain.fleet.sight import Placement
 
 
@@ -23,6 +24,8 @@ class Wish:
     """How long a replica may take until it is ready, or may be down."""
     budget: float | None = None
     """US dollars per hour."""
+    offers: Mapping[int, Offers] = field(default_factory=dict)
+    """Version -> what its replicas take of a node."""
 
     @property
     def floor(self) -> int:

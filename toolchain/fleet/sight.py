@@ -6,9 +6,11 @@ It answers questions (what runs, what is ready, where another replica fits, what
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from toolchain.fleet.seats import WHOLE, Machine, Offers, Seat, turns_of
 
 READY = "ready"
 _OVER = frozenset({"failed", "ended"})
@@ -24,6 +26,7 @@ class Told:
     state: str
     why: str = ""
     restarts: int = 0
+    seat: Seat = WHOLE
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class NodeSeen:
     """A node, as it tells of itself."""
 
     name: str
-    room: int
+    machine: Machine
     price_per_hour: float | None = None
     """US dollars, of the whole node while it runs at least one replica."""
     up: bool = True
@@ -43,7 +46,8 @@ class NodeSeen:
         """From the board's ``nodes/<name>``. Raises KeyError, TypeError or ValueError for what makes no sense."""
         replicas = (
             Told(
-                str(one["name"]), int(one["version"]), str(one["state"]), str(one.get("why", "")), int(one["restarts"])
+                *(str(one["name"]), int(one["version"]), str(one["state"])),
+                *(str(one.get("why", "")), int(one["restarts"]), Seat.read(one)),
             )
             for one in told["replicas"]
         )
@@ -52,7 +56,7 @@ class NodeSeen:
             raise ValueError(f"a price of {price}")
         return cls(
             name,
-            room=int(told["room"]),
+            machine=Machine.read(told),
             price_per_hour=None if price is None else float(price),
             up=told["state"] == "up",
             replicas=tuple(replicas),
@@ -68,6 +72,7 @@ class Placement:
     version: int
     since: float
     """When it was placed, or was last seen to be ready."""
+    seat: Seat = WHOLE
 
 
 @dataclass
@@ -80,6 +85,8 @@ class Sight:
     """Node -> until when nothing is placed there, because something failed there."""
     budget: float | None = None
     """US dollars per hour, of all nodes in use."""
+    offers: Mapping[int, Offers] = field(default_factory=dict)
+    """Version -> what its replicas take of a node."""
 
     def told(self, one: Placement) -> Told | None:
         """None where its node says nothing of it."""
@@ -97,22 +104,26 @@ class Sight:
 
     def live(self, node: str | None = None) -> int:
         """How many run or are to run, those that drain included; on one node, or on all."""
-        return len({found for found in self._live() if node is None or found[0] == node})
+        return len([found for found in self._live() if node is None or found[0] == node])
 
     def draining(self) -> int:
         """How many still run on nodes that stay, though they are wanted no more."""
         wanted = {(one.node, one.name) for one in self.placed.values()}
-        return len({found for found in self._live() if found not in wanted and self.nodes[found[0]].up})
+        return len([found for found in self._live() if found not in wanted and self.nodes[found[0]].up])
 
-    def _live(self) -> Iterable[tuple[str, str]]:
+    def _live(self) -> dict[tuple[str, str], Seat]:
+        """Node and name of each that runs or is to run, and its place there."""
+        live = {
+            (node.name, told.name): told.seat
+            for node in self.nodes.values()
+            for told in node.replicas
+            if told.state not in _OVER
+        }
         for one in self.placed.values():
             told = self.told(one)
             if told is None or told.state not in _OVER:
-                yield one.node, one.name
-        for node in self.nodes.values():
-            for told in node.replicas:
-                if told.state not in _OVER:
-                    yield node.name, told.name
+                live[one.node, one.name] = one.seat
+        return live
 
     def cost(self, *more: str) -> float:
         """US dollars per hour, of the nodes in use and of ``more``."""
@@ -133,21 +144,44 @@ class Sight:
         """The node in use with the highest price."""
         return max({one.node for one in self.placed.values()}, key=lambda name: (self._price(name), name), default=None)
 
-    def place_for(self, now: float, *, anywhere: bool = False) -> str | None:
-        """The node for another replica: a second one on a node of its own, then the cheapest; None where none may
-        have it. ``anywhere``: also where something has failed of late.
+    def share_of_price(self, node: NodeSeen, version: int) -> float:
+        """US dollars per hour for each replica of the version that the node has room for; 0 where nobody knows."""
+        return self._price(node.name) / max(1, self.room(node, version))
+
+    def room(self, node: NodeSeen, version: int) -> int:
+        """How many replicas of a version it holds while it holds no others."""
+        return node.machine.room(self.offers.get(version, ()))
+
+    def free(self, version: int, number: int) -> dict[str, Seat]:
+        """Where the replica of this number and version would fit: a place on each node that has one."""
+        found = {}
+        for node in self.nodes.values():
+            if node.up:
+                share = node.machine.share(self.offers.get(version, ()), number)
+                seat = node.machine.seat(share, [seat for (name, _), seat in self._live().items() if name == node.name])
+                if seat is not None:
+                    found[node.name] = seat
+        return found
+
+    def numbers(self, version: int, first: int) -> range:
+        """From which the next replica's may be taken, so that each recipe of the version has its turn."""
+        return range(first, first + turns_of(self.offers.get(version, ())))
+
+    def place_for(self, version: int, first: int, now: float, *, anywhere: bool = False) -> Placement | None:
+        """Another replica, of the ``first`` number or a following one whose recipe fits: a second one on a node of its
+        own, then the cheapest; None where none may have it. ``anywhere``: also where something has failed of late.
         """
         used = {one.node for one in self.placed.values() if self.nodes[one.node].up}
-        fits = [
-            node
-            for node in self.nodes.values()
-            if node.up
-            and self.live(node.name) < node.room
-            and (anywhere or self.avoided.get(node.name, 0.0) <= now)
-            and self.within_budget(node.name)
-        ]
 
-        def rank(node: NodeSeen) -> tuple[bool, float, int, str]:
-            return used == {node.name}, self._price(node.name) / node.room, self.live(node.name), node.name
+        def rank(name: str) -> tuple[bool, float, int, str]:
+            return used == {name}, self.share_of_price(self.nodes[name], version), self.live(name), name
 
-        return min(fits, key=rank).name if fits else None
+        for number in self.numbers(version, first):
+            free = self.free(version, number)
+            fits = [
+                name for name in free if (anywhere or self.avoided.get(name, 0.0) <= now) and self.within_budget(name)
+            ]
+            if fits:
+                name = min(fits, key=rank)
+                return Placement(f"r{number}", name, version, now, free[name])
+        return None

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from toolchain.engine import Passport
 from toolchain.errors import ArtifactError
 from toolchain.fleet import membership, packages
 from toolchain.fleet.deployment import Deployment
+from toolchain.fleet.seats import SHARES, Share
 from toolchain.fleet.texts import Parameters, Texts
 from toolchain.fleet.traffic import Lane
 from toolchain.gateway.settings import Model
@@ -49,6 +51,10 @@ def version_of(
         "start_seconds": deployment.replicas.start_seconds,
         "conformance": deployment.conformance,
         "allow_unverified": allow_unverified,
+        SHARES: [
+            {"device": passport.device, **asdict(share_of(repository))}
+            for repository, passport in zip(keep, passports, strict=True)
+        ],
     }
     if deployment.registry is not None:
         shelf, name = Folder(folder / "shelf"), deployment.endpoint
@@ -58,6 +64,12 @@ def version_of(
         ]
         found[packages.REGISTRY] = deployment.registry
     return found
+
+
+def share_of(repository: Path) -> Share:
+    """What the recipe's plan gave one replica of it. Raises ArtifactError."""
+    found = Repository.open(repository)
+    return Share(found.gpus, found.services)
 
 
 def provided(version: Mapping[str, Any], replica: str) -> Path:

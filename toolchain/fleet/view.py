@@ -21,6 +21,7 @@ from toolchain.fleet.board import Board
 from toolchain.fleet.bulletin import MOST_CHARACTERS
 from toolchain.fleet.meter import NODES, READY, Meter, place_of
 from toolchain.fleet.pricing import priced
+from toolchain.fleet.seats import Machine, Offers, offers_of
 from toolchain.gateway.engines import Relayed
 from toolchain.gateway.fleet_status import FleetEvent, FleetNode, FleetReplica, FleetStatus, LedgerHead
 from toolchain.gateway.kv import Blocks, Drafts
@@ -88,7 +89,8 @@ class View:
     def _status(self) -> FleetStatus:
         self._read()
         spec, rates, head = self._spec, self._meter.rates(), self._meter.head
-        nodes = [_node(name, said, rates) for name, said in self._nodes.items()]
+        offers = _offers(spec)
+        nodes = [_node(name, said, rates, offers) for name, said in self._nodes.items()]
         used = [node for node in nodes if any(one.state not in _OVER for one in node.replicas)]
         cost = sum((Decimal(node.price_per_hour or 0) for node in used), Decimal(0))
         budget = spec.get("max_price_per_hour")
@@ -121,7 +123,12 @@ def _makes_sense(name: str, said: Mapping[str, Any]) -> bool:
     return True
 
 
-def _node(name: str, said: Mapping[str, Any], rates: Mapping[str, float]) -> FleetNode:
+def _offers(spec: Mapping[str, Any]) -> Offers:
+    """Of the version that is wanted."""
+    return next((offers_of(one) for one in spec.get("versions", ()) if one["version"] == spec["current"]), ())
+
+
+def _node(name: str, said: Mapping[str, Any], rates: Mapping[str, float], offers: Offers = ()) -> FleetNode:
     price, known = said.get("price_per_hour"), find_device(said["device"])
     return FleetNode(
         name=name,
@@ -129,7 +136,7 @@ def _node(name: str, said: Mapping[str, Any], rates: Mapping[str, float]) -> Fle
         device=said["device"],
         device_title=known.title if known else said["device"],
         gpus=said["gpus"],
-        room=said["room"],
+        room=Machine.read(said).room(offers),
         state=said["state"],
         price_per_hour=None if price is None else plain(Decimal(str(price))),
         replicas=[_replica(one, rates) for one in said["replicas"]],

@@ -10,7 +10,8 @@ anyone can check it with ``sha256sum``. Two kinds:
      "number", "previous", "price_per_hour", "provider", "replica", "requests", "tokens_in", "tokens_out"}
 
 Times are milliseconds since 1970 (UTC). ``earned`` = node_ms x price_per_hour / 3 600 000, rounded half to even to
-twelve decimals; ``gpu_ms`` = node_ms x gpus. Money is Decimal everywhere, never a binary fraction.
+twelve decimals; ``gpu_ms`` is the time in which the replica was ready, times its GPUs: a third of one for one of three
+services. Money is Decimal everywhere, never a binary fraction.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _MS_PER_HOUR = Decimal(3_600_000)
 _EXACT = Context(prec=60, rounding=ROUND_HALF_EVEN)
 _GENESIS_KEYS = frozenset({"created_ms", "currency", "endpoint", "format", "kind", "number", "previous"})
 _TEXTS = ("provider", "node", "device", "replica")
-_COUNTS = ("gpus", "node_ms", "requests", "tokens_in", "tokens_out", "continued")
+_COUNTS = ("gpus", "node_ms", "gpu_ms", "requests", "tokens_in", "tokens_out", "continued")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Usage:
     """The node's time that counts for this replica: replicas that are ready at once share it equally."""
     price_per_hour: Decimal
     """US dollars for the whole node."""
+    gpu_ms: int = 0
+    """GPU time of the replica, by its part of the node's GPUs, whoever else is ready."""
     requests: int = 0
     """Answers that began here."""
     tokens_in: int = 0
@@ -59,10 +62,6 @@ class Usage:
     tokens_out: int = 0
     continued: int = 0
     """Answers that began elsewhere and went on here."""
-
-    @property
-    def gpu_ms(self) -> int:
-        return self.node_ms * self.gpus
 
     @property
     def earned(self) -> Decimal:
@@ -73,7 +72,7 @@ class Usage:
         """As they stand in the record."""
         counts = {name: getattr(self, name) for name in (*_TEXTS, *_COUNTS)}
         money = {"price_per_hour": plain(self.price_per_hour), "earned": plain(self.earned)}
-        times = {"begin_ms": self.begin_ms, "end_ms": self.end_ms, "gpu_ms": self.gpu_ms}
+        times = {"begin_ms": self.begin_ms, "end_ms": self.end_ms}
         return {**counts, **money, **times}
 
     @classmethod
@@ -108,6 +107,8 @@ class Usage:
                 raise ValueError(f"{name}: not a whole number from 0 on: {value!r}")
         if self.end_ms < self.begin_ms:
             raise ValueError("it ends before it begins")
+        if self.gpu_ms and not self.gpus:
+            raise ValueError("gpu_ms: of a node without a GPU")
         if not self.price_per_hour.is_finite() or self.price_per_hour < 0:
             raise ValueError(f"price_per_hour: not a price: {self.price_per_hour}")
 

@@ -32,8 +32,6 @@ NODE = "local"
 _POLL_S = 0.2
 _DRAIN_MARGIN_S = 30.0
 """For nodes on other machines to hear that they are to drain, and to end their servers."""
-_ROOM = 64
-"""Replicas that this machine is taken to hold: what bounds them is the deployment."""
 VERSIONS = "versions"
 
 
@@ -113,6 +111,8 @@ class Local:
                 "version": spec["current"],
                 "next_version": spec["next"],
                 **{name: spec[name] for name in ("min", "max", "desired")},
+                "room": self.head.room(),
+                "network": self.deployment.network is not None,
                 "replicas": told,
                 "ports": self.deployment.ports.model_dump(),
                 "doors": self.doors,
@@ -148,6 +148,7 @@ def local(
     ``asked``; a second one ends the drain. ``check`` is asked of a server before its worker starts, while its version
     is on trial or where the deployment wants that. Raises ScalellmError.
     """
+    from toolchain.fleet import alone
     from toolchain.fleet.plane import require
     from toolchain.fleet.versions import version_of
 
@@ -161,6 +162,8 @@ def local(
         _clear(place, keep=deployment.network is not None)
         folder = place.folder / VERSIONS
         version = version_of(deployment, repositories, folder, progress, allow_unverified=allow_unverified)
+        if deployment.network is None:
+            alone.must_have_room(deployment, version)
         yield stack.enter_context(_opened(deployment, version, place, record, progress, check, model_of))
 
 
@@ -210,12 +213,13 @@ def _agent(
     version: Version, place: Place, board: Board, plane: Plane, progress: Progress, check: Check | None
 ) -> Agent:
     """This machine as a node, which the board knows from now on."""
+    from toolchain.fleet import alone
     from toolchain.fleet.agent import Agent, Maker, Node
     from toolchain.fleet.versions import provided
 
-    device, gpus = _device(Path(version["repositories"][0]))
-    maker = Maker(place.folder, str(plane.folder), provided, progress=progress, check=check)
-    agent = Agent(Node(NODE, device=device, gpus=gpus, room=_ROOM), board, maker, progress)
+    device, gpus = alone.gpus_of(version)
+    maker = Maker(place.folder, str(plane.folder), provided, progress=progress, check=check, gpus=gpus)
+    agent = Agent(Node(NODE, device=device, gpus=len(gpus), room=alone.LIMIT, turns=True), board, maker, progress)
     agent.round()
     return agent
 
@@ -240,15 +244,6 @@ def _plain(replica: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in replica.items() if name != "figures"}
 
 
-def _device(repository: Path) -> tuple[str, int]:
-    """What this machine is, by the engine that is made for it, and how many GPUs one replica has."""
-    from toolchain.admission import passport_of
-    from toolchain.repository import Repository
-
-    passport = passport_of(repository)
-    return (passport.device if passport else ""), Repository.open(repository).gpus
-
-
 def ask(place: Place, what: Mapping[str, Any]) -> dict[str, Any]:
     """Ask a running endpoint's head. Raises ScalellmError for what it refuses."""
     from toolchain.fleet import asking
@@ -270,10 +265,12 @@ def update(
     """Replace what a running endpoint runs, and wait until that is done. -> the new version's number. Raises
     RejectedError where it was given up and the old one stays.
     """
-    from toolchain.fleet import asking, versions
+    from toolchain.fleet import alone, asking, versions
 
     folder = place.folder / VERSIONS
     version = versions.version_of(deployment, repositories, folder, progress, allow_unverified=allow_unverified)
+    if not (place.read() or {}).get("network"):
+        alone.must_have_room(deployment, version)
     begin = place.events.stat().st_size if place.events.exists() else 0
     answer = ask(place, {"ask": "update", "version": version, "scaling": deployment.scaling})
     asking.outcome(asking.events(place.events, begin, lambda: place.read() is not None), on_event)

@@ -5,8 +5,9 @@ It dials the endpoint's head and listens to nobody. What it runs, the head decid
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +30,14 @@ def folder_of(work: Path, endpoint: str) -> Path:
     return (work / "nodes" / endpoint).resolve()
 
 
-def machine() -> tuple[str, int]:
-    """The device that this machine's GPUs are, and how many; ``cpu`` and 0 without one. Raises ToolError."""
-    found = [one for one in gpu.gpus() if one.device is not None]
-    if not found or found[0].device is None:
-        return CPU, 0
-    device = found[0].device.name
-    return device, sum(one.device is not None and one.device.name == device for one in found)
+def machine() -> tuple[str, tuple[str, ...]]:
+    """The device that this machine's GPUs are, and their names for CUDA; ``cpu`` and none without one that may be
+    used.
+    """
+    for one in gpu.gpus():
+        if one.device is not None and (names := gpu.names_of(one.device.name, os.environ)):
+            return one.device.name, names
+    return CPU, ()
 
 
 def fetching(
@@ -68,14 +70,15 @@ def serve(
     progress: Progress,
     check: Check | None = None,
     notices: Notices | None = None,
+    gpus: Sequence[str] = (),
 ) -> None:
     """Runs what the head wants until SIGINT, SIGTERM or a notice of the cloud; then drains. A second signal ends
-    everything at once. Raises ScalellmError.
+    everything at once. ``gpus``: the names of the node's, for CUDA. Raises ScalellmError.
     """
     from toolchain.fleet.agent import Agent, Maker
 
     asked = threading.Event()
-    maker = Maker(membership.folder, str(membership.discovery), provide, progress=progress, check=check)
+    maker = Maker(membership.folder, str(membership.discovery), provide, progress=progress, check=check, gpus=gpus)
     board = membership.board()
     agent = Agent(node, board, maker, progress)
 

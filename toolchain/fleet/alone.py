@@ -1,0 +1,51 @@
+"""A machine that is all of an endpoint: its GPUs, and whether it has room for what a deployment asks for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from toolchain import gpu
+from toolchain.errors import RecipeError
+from toolchain.fleet.deployment import MOST, Deployment
+from toolchain.fleet.seats import Machine, Share, offers_of
+
+LIMIT = MOST
+"""Replicas on one machine: where a recipe for a CPU names no ``services``, the deployment alone bounds them."""
+
+
+def gpus_of(version: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """What this machine is, by the first engine that is made for it, and how CUDA names its GPUs. Where none can be
+    seen, so many as one replica needs: what then goes wrong, its server says.
+    """
+    offers = offers_of(version)
+    device, share = next((one for one in offers if one[1].gpus), offers[0])
+    if not share.gpus:
+        return device, ()
+    return device, gpu.names_of(device, os.environ) or tuple(map(str, range(share.gpus)))
+
+
+def must_have_room(deployment: Deployment, version: Mapping[str, Any]) -> None:
+    """Raises RecipeError where this machine cannot hold as many replicas as the deployment may want."""
+    offers, most = offers_of(version), deployment.replicas.most
+    device, gpus = gpus_of(version)
+    room = Machine(device, len(gpus), LIMIT, turns=True).room(offers)
+    if room >= most:
+        return
+    has = f", {_gpus(len(gpus))}," if gpus else ""
+    needs = " and ".join(sorted({_told(share) for _device, share in offers}))
+    raise RecipeError(
+        f"replicas.max: {most}, and this machine{has} has room for {room}: the recipe says {needs}",
+        hint=(f"replicas: {{max: {room}}}   # in the deployment\n" if room else "")
+        + "services: N   # in the recipe: smaller parts, more of them; scalellm plan says whether they fit\n"
+        "network: {host: ADDRESS}   # in the deployment, without --local: for machines that join",
+    )
+
+
+def _told(share: Share) -> str:
+    return f"services: {share.services}" + (f" on {_gpus(share.gpus)}" if share.gpus else "")
+
+
+def _gpus(number: int) -> str:
+    return f"{number} GPU{'s' * (number != 1)}"
