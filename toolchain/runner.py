@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -222,6 +222,17 @@ def run(
         if check and code != 0:
             raise ToolError(f"{shlex.join(argv)} {_how_it_ended(code)}\n{last}".rstrip(), hint=hint)
         return Completed(tuple(argv), code, _text(out), _text(err), seconds)
+
+
+def in_parallel(calls: Iterable[Callable[[], None]]) -> None:
+    """Each in a thread of its own, so that the end of one program does not wait for another's. An interrupted wait
+    does not keep this process: the guards then end what is left.
+    """
+    threads = [threading.Thread(target=call, daemon=True) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def _introduce(guard: subprocess.Popen[bytes], spec: Mapping[str, object], hint: str) -> int:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from toolchain import runner
 from toolchain.admission import Asked, admit
 from toolchain.errors import ArtifactError, EndpointError, ScalellmError
 from toolchain.fleet import membership
@@ -184,7 +185,7 @@ class Agent:
     def kill(self) -> None:
         """Ends everything at once."""
         self._state = "draining"
-        in_parallel(one.kill for _wanted, one in list(self._running.values()))
+        runner.in_parallel(one.kill for _wanted, one in list(self._running.values()))
         for thread in self._ending.values():
             thread.join()
         self._running.clear()
@@ -259,12 +260,3 @@ class Agent:
         if not self._reached:
             self._progress.note(f"{self.node.name}: the endpoint's board is reached again")
         self._reached = True
-
-
-def in_parallel(calls: Iterable[Callable[[], None]]) -> None:
-    """Each in a thread of its own, so that one drain does not wait for another."""
-    threads = [threading.Thread(target=call) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypedDict, Unpack
 
+from toolchain import runner
 from toolchain.errors import EndpointError, ScalellmError
 from toolchain.progress import Progress
 from toolchain.servers.triton.command import PORTS_APART, Ports
@@ -71,12 +72,12 @@ def serve(
                 on_ready(watcher.supervisor.start())
                 watcher.start()
             _attend(watchers)
-            _in_parallel(supervisor.stop for supervisor in supervisors)
+            runner.in_parallel(supervisor.stop for supervisor in supervisors)
         except ScalellmError:
             if not asked.is_set():
                 raise
         finally:
-            _in_parallel(supervisor.kill for supervisor in supervisors)
+            runner.in_parallel(supervisor.kill for supervisor in supervisors)
     return 1 if any(watcher.failure for watcher in watchers) else 0
 
 
@@ -189,15 +190,6 @@ def _attend(watchers: Sequence[_Watcher]) -> None:
     failures = [watcher.failure for watcher in watchers if watcher.failure]
     if len(failures) == len(watchers):
         raise failures[-1]
-
-
-def _in_parallel(calls: Iterable[Callable[[], None]]) -> None:
-    """Each in a thread of its own, so that one drain does not wait for another."""
-    threads = [threading.Thread(target=call, daemon=True) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
 
 
 def _watch_quietly(supervisor: Supervisor, progress: Progress) -> None:
