@@ -22,6 +22,7 @@ class Runs:
 
     def __init__(self, name: str, version: Mapping[str, Any]) -> None:
         self.name, self.version, self.trial = name, version["version"], version["trial"]
+        self.gpus = version["gpus"]
         self.failure: ScalellmError | None = None
         self.history: list[str] = []
         self.drained = threading.Event()
@@ -128,6 +129,14 @@ def test_a_replica_of_the_version_that_is_to_come_is_on_trial(scene: Scene) -> N
     scene.board.put("spec", {"versions": VERSIONS, "current": 1, "next": 2})
     scene.agent.round()
     assert {name: one.trial for name, one in scene.made.items()} == {"r1": False, "r2": True}
+
+
+def test_a_replica_gets_the_gpus_of_its_place_and_the_board_hears_of_it(scene: Scene) -> None:
+    scene.want()
+    scene.board.put("assigned/a", {"replicas": [{"name": "r1", "version": 1, "gpus": [2, 3], "of": 2}]})
+    scene.agent.round()
+    assert scene.made["r1"].gpus == (2, 3)
+    assert [(one["gpus"], one["of"]) for one in scene.told()["replicas"]] == [([2, 3], 2)]
 
 
 def test_what_is_no_longer_wanted_is_drained_while_the_others_run(scene: Scene) -> None:

@@ -70,8 +70,10 @@ def test_two_services_are_two_replicas_and_there_is_no_room_for_a_third(
         until(lambda: "no node has room" in place.events.read_text())
         endpoint.tell("running")
         (told,) = json.loads(scalellm("deploy", "status", "--json", *work).stdout)
-        assert (told["room"], told["max"], len(told["replicas"])) == (2, 3, 2)
-        assert "scalellm deploy scale parrot --max 2" in scalellm("deploy", "status", *work).stdout
+        assert (told["room"], told["max"], len(told["replicas"]), told["cost_per_hour"]) == (2, 3, 2, 0.36)
+        shown = scalellm("deploy", "status", *work).stdout
+        assert "$0.36/h" in shown
+        assert "this machine has room for 2 of 3 replicas: scalellm deploy scale parrot --max 2" in shown
     total = report(place.folder / FILE, ("node",)).total
     assert 0 < total.node_ms <= 1000 * (time.monotonic() - begun), "the machine's price is earned once"
     assert total.gpu_ms == 0

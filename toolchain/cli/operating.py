@@ -43,7 +43,8 @@ def status(work: Path, json_output: bool, verbose: int) -> None:
             version += f", version {endpoint['next_version']} is on its way"
         wanted = f"{endpoint['desired']} wanted of {endpoint['min']} to {endpoint['max']}"
         port = endpoint["ports"]["openai"]
-        screen.say(f"{endpoint['endpoint']}: {endpoint['state']}, port {port}; {wanted}; {version}")
+        cost = f"; ${endpoint['cost_per_hour']:g}/h" if endpoint.get("cost_per_hour") else ""
+        screen.say(f"{endpoint['endpoint']}: {endpoint['state']}, port {port}; {wanted}; {version}{cost}")
         if note := _room_of(endpoint):
             screen.say(f"  {note}")
         for one in endpoint["replicas"]:

@@ -26,7 +26,7 @@ from toolchain.fleet.pricing import priced
 from toolchain.fleet.rounds import Decision, Event, Memory, Wish
 from toolchain.fleet.scaling import Scale
 from toolchain.fleet.seats import Offers, Seat, offers_of
-from toolchain.fleet.sight import NodeSeen, Placement
+from toolchain.fleet.sight import NodeSeen, Placement, Sight
 from toolchain.fleet.traffic import Course, Lane, Traffic
 from toolchain.progress import Progress
 
@@ -138,6 +138,10 @@ class Head:
         """How many replicas of the present version the nodes would hold that are there."""
         offers = self._offers().get(int(self._spec["current"]), ())
         return sum(node.machine.room(offers) for node in _seen(self.nodes) if node.up)
+
+    def cost_per_hour(self) -> float:
+        """US dollars, of the nodes that run a replica, each once; those count nothing whose price nobody knows."""
+        return Sight({node.name: node for node in _seen(self.nodes)}, {}).cost()
 
     # what is wanted
 

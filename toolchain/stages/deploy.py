@@ -112,6 +112,7 @@ class Local:
                 "next_version": spec["next"],
                 **{name: spec[name] for name in ("min", "max", "desired")},
                 "room": self.head.room(),
+                "cost_per_hour": self.head.cost_per_hour(),
                 "network": self.deployment.network is not None,
                 "replicas": told,
                 "ports": self.deployment.ports.model_dump(),
@@ -269,7 +270,8 @@ def update(
 
     folder = place.folder / VERSIONS
     version = versions.version_of(deployment, repositories, folder, progress, allow_unverified=allow_unverified)
-    if not (place.read() or {}).get("network"):
+    told = place.read()
+    if told is not None and not told.get("network"):
         alone.must_have_room(deployment, version)
     begin = place.events.stat().st_size if place.events.exists() else 0
     answer = ask(place, {"ask": "update", "version": version, "scaling": deployment.scaling})
