@@ -48,6 +48,7 @@ def version(*shares: tuple[str, int, int]) -> dict[str, Any]:
         (0, None, Share(), 1),
         (0, 3, Share(), 3),
         (0, MOST, Share(), MOST),
+        (0, 1000, Share(), MOST),
     ],
 )
 def test_a_node_has_room_for_the_services_of_each_gpu(gpus: int, limit: int | None, share: Share, room: int) -> None:
@@ -107,29 +108,40 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def asked(most: int) -> Deployment:
-    return Deployment(endpoint="e", recipes=("r",), replicas=Replicas(min=1, max=most))
+def check(most: int, wanted: dict[str, Any]) -> None:
+    asked = Deployment(endpoint="e", recipes=("r",), replicas=Replicas(min=1, max=most))
+    alone.must_have_room(asked, wanted, alone.machine_of(wanted))
 
 
 def test_a_machine_that_is_all_of_an_endpoint_must_hold_what_is_asked(
     machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone.must_have_room(asked(4), version(("rtx4090", 1, 2)))
+    check(4, version(("rtx4090", 1, 2)))
     with pytest.raises(RecipeError, match=r"replicas.max: 5, and this machine, 2 GPUs, has room for 4") as found:
-        alone.must_have_room(asked(5), version(("rtx4090", 1, 2)))
+        check(5, version(("rtx4090", 1, 2)))
     assert "replicas: {max: 4}" in found.value.hint
     with pytest.raises(RecipeError, match=r"1 GPU, has room for 0: the recipe says services: 1 on 2 GPUs"):
-        alone.must_have_room(asked(1), version(("l4", 2, 1)))
+        check(1, version(("l4", 2, 1)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
     with pytest.raises(RecipeError, match="1 GPU, has room for 2"):
-        alone.must_have_room(asked(3), version(("rtx4090", 1, 2)))
+        check(3, version(("rtx4090", 1, 2)))
+
+
+def test_where_no_gpu_can_be_seen_the_visible_ones_are_taken_and_the_server_says_what_is_wrong(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (machine / "nvidia-smi").unlink()
+    assert alone.gpus_of(version(("l4", 2, 1))) == ("l4", ("0", "1"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 1, 2")
+    assert alone.gpus_of(version(("cpu", 0, 1), ("l4", 2, 1))) == ("l4", ("3", "1"))
+    assert alone.gpus_of(version(("cpu", 0, 1))) == ("cpu", ())
 
 
 def test_a_cpu_holds_its_services_and_where_none_are_named_what_the_deployment_asks() -> None:
-    alone.must_have_room(asked(MOST), version(("cpu", 0, 1)))
-    alone.must_have_room(asked(2), version(("cpu", 0, 2)))
+    check(MOST, version(("cpu", 0, 1)))
+    check(2, version(("cpu", 0, 2)))
     with pytest.raises(RecipeError, match="this machine has room for 2: the recipe says services: 2"):
-        alone.must_have_room(asked(3), version(("cpu", 0, 2)))
+        check(3, version(("cpu", 0, 2)))
 
 
 def test_a_replica_sees_the_gpus_of_its_place_and_no_others(machine: Path, tmp_path: Path) -> None:

@@ -65,6 +65,8 @@ def test_two_services_are_two_replicas_and_there_is_no_room_for_a_third(
         answer = client.completions.create(model="parrot", prompt=CAPITAL, max_tokens=40, temperature=0)
         assert answer.choices[0].text == Reference(parrot).text(CAPITAL, 40)
         endpoint.tell("running")
+        with pytest.raises(RecipeError, match="this machine has room for 2"):
+            deploy.update(place, asked(1, 3), [repository], progress=Silent(), on_event=lambda _event: None)
         scaled = scalellm("deploy", "scale", "parrot", "--replicas", 3, *work)
         assert "this machine has room for 2 of 3 replicas" in scaled.stderr
         until(lambda: "no node has room" in place.events.read_text())

@@ -17,23 +17,30 @@ LIMIT = MOST
 
 def gpus_of(version: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     """What this machine is, by the first engine that is made for it, and how CUDA names its GPUs. Where none can be
-    seen, so many as one replica needs: what then goes wrong, its server says.
+    seen, the first ones, as many as a replica needs: what then goes wrong, its server says.
     """
     offers = offers_of(version)
     device, share = next((one for one in offers if one[1].gpus), offers[0])
     if not share.gpus:
         return device, ()
-    return device, gpu.names_of(device, os.environ) or tuple(map(str, range(share.gpus)))
+    visible = [word.strip() for word in os.environ.get(gpu.VISIBLE, "").split(",") if word.strip()]
+    unseen = visible[: share.gpus] or map(str, range(share.gpus))
+    return device, gpu.names_of(device, os.environ) or tuple(unseen)
 
 
-def must_have_room(deployment: Deployment, version: Mapping[str, Any]) -> None:
+def machine_of(version: Mapping[str, Any]) -> Machine:
+    """This machine as the node of an endpoint that begins with this version."""
+    device, gpus = gpus_of(version)
+    return Machine(device, len(gpus), LIMIT, turns=True)
+
+
+def must_have_room(deployment: Deployment, version: Mapping[str, Any], machine: Machine) -> None:
     """Raises RecipeError where this machine cannot hold as many replicas as the deployment may want."""
     offers, most = offers_of(version), deployment.replicas.most
-    device, gpus = gpus_of(version)
-    room = Machine(device, len(gpus), LIMIT, turns=True).room(offers)
+    room = machine.room(offers)
     if room >= most:
         return
-    has = f", {_gpus(len(gpus))}," if gpus else ""
+    has = f", {_gpus(machine.gpus)}," if machine.gpus else ""
     needs = " and ".join(sorted({_told(share) for _device, share in offers}))
     raise RecipeError(
         f"replicas.max: {most}, and this machine{has} has room for {room}: the recipe says {needs}",

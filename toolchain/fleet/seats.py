@@ -104,7 +104,7 @@ class Machine:
             return None
         of = share.services
         if not share.gpus and of == 1:
-            of = max(1, self.gpus) if self.limit is None else self.limit
+            of = min(MOST, max(1, self.gpus) if self.limit is None else self.limit)
         found = [
             (_fullest(gpus, taken), gpus) for gpus in self._groups(share.gpus) if _fullest(gpus, taken) + _part(of) <= 1
         ]

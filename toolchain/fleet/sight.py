@@ -154,13 +154,12 @@ class Sight:
 
     def free(self, version: int, number: int) -> dict[str, Seat]:
         """Where the replica of this number and version would fit: a place on each node that has one."""
-        found = {}
+        found, live = {}, self._live()
         for node in self.nodes.values():
-            if node.up:
-                share = node.machine.share(self.offers.get(version, ()), number)
-                seat = node.machine.seat(share, [seat for (name, _), seat in self._live().items() if name == node.name])
-                if seat is not None:
-                    found[node.name] = seat
+            share = node.machine.share(self.offers.get(version, ()), number)
+            seat = node.machine.seat(share, [seat for (name, _), seat in live.items() if name == node.name])
+            if node.up and seat is not None:
+                found[node.name] = seat
         return found
 
     def numbers(self, version: int, first: int) -> range:

@@ -164,7 +164,7 @@ def local(
         folder = place.folder / VERSIONS
         version = version_of(deployment, repositories, folder, progress, allow_unverified=allow_unverified)
         if deployment.network is None:
-            alone.must_have_room(deployment, version)
+            alone.must_have_room(deployment, version, alone.machine_of(version))
         yield stack.enter_context(_opened(deployment, version, place, record, progress, check, model_of))
 
 
@@ -267,12 +267,12 @@ def update(
     RejectedError where it was given up and the old one stays.
     """
     from toolchain.fleet import alone, asking, versions
+    from toolchain.fleet.seats import Machine
 
     folder = place.folder / VERSIONS
     version = versions.version_of(deployment, repositories, folder, progress, allow_unverified=allow_unverified)
-    told = place.read()
-    if told is not None and not told.get("network"):
-        alone.must_have_room(deployment, version)
+    if (told := place.board().read(f"nodes/{NODE}")) and not (place.read() or {}).get("network", True):
+        alone.must_have_room(deployment, version, Machine.read(told[f"nodes/{NODE}"]))
     begin = place.events.stat().st_size if place.events.exists() else 0
     answer = ask(place, {"ask": "update", "version": version, "scaling": deployment.scaling})
     asking.outcome(asking.events(place.events, begin, lambda: place.read() is not None), on_event)
