@@ -78,6 +78,7 @@ class ShownEngines:
 
     view: View
 
+    queue: int | None = None
     tritons: tuple[Triton, ...] = ()
     room: int = 24
     ready: bool = True

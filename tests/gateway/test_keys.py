@@ -122,7 +122,7 @@ def test_requests_at_work_are_counted_by_key(tmp_path: Path) -> None:
 
 def test_no_more_than_the_places_are_at_work_the_queue_waits_in_turn_and_the_rest_is_told_to_go() -> None:
     async def run() -> None:
-        admission = Admission(lambda: 2, queue=3, wait_s=30)
+        admission = Admission(lambda: 2, queue=lambda: 3, wait_s=30)
         order: list[int] = []
 
         async def come(number: int) -> None:
@@ -153,7 +153,7 @@ def test_no_more_than_the_places_are_at_work_the_queue_waits_in_turn_and_the_res
 
 def test_who_waits_too_long_is_told_so_and_holds_no_place() -> None:
     async def run() -> None:
-        admission = Admission(lambda: 1, queue=3, wait_s=0.01)
+        admission = Admission(lambda: 1, queue=lambda: 3, wait_s=0.01)
         await admission.enter()
         with pytest.raises(ApiError) as caught:
             await admission.enter()
@@ -166,7 +166,7 @@ def test_who_waits_too_long_is_told_so_and_holds_no_place() -> None:
 
 def test_a_turn_that_comes_while_its_client_goes_is_given_to_the_next() -> None:
     async def run() -> None:
-        admission = Admission(lambda: 1, queue=3, wait_s=30)
+        admission = Admission(lambda: 1, queue=lambda: 3, wait_s=30)
         await admission.enter()
         first, second = (asyncio.create_task(admission.enter()) for _ in range(2))
         await asyncio.sleep(0)

@@ -185,7 +185,7 @@ def run(
 @work_flag()
 @common
 def update(endpoint: str, file: Path, allow_unverified: bool, work: Path, json_output: bool, verbose: int) -> None:
-    """Replace what an endpoint runs, without a lost request: its recipes, numbers and prices; not its ports.
+    """Replace what an endpoint runs, without a lost request: all that its file says but host, ports and network.
 
     What is stale is built. One replica of the new version is started and must pass its gate; the others follow one by
     one. If it does not start, keeps dying or is refused, the old version stays, and the exit code is 7.
@@ -199,7 +199,7 @@ def update(endpoint: str, file: Path, allow_unverified: bool, work: Path, json_o
 
     screen = open_screen(json_output, verbose)
     deployment, place = load_deployment(file), stage.Place.of(work, endpoint)
-    operating.must_be_same(file, deployment, endpoint, place)
+    operating.must_be_same(file, deployment, endpoint, place, screen)
     require_libraries()
     repositories = [admitted(screen, recipe, work, allow_unverified) for recipe in deployment.recipes]
     version = stage.update(

@@ -14,6 +14,7 @@ from toolchain.cli.flags import common, open_screen, work_flag
 from toolchain.errors import ArtifactError, RecipeError
 
 if TYPE_CHECKING:
+    from toolchain.console import Screen
     from toolchain.fleet.deployment import Deployment
     from toolchain.stages.deploy import Place
 
@@ -179,16 +180,22 @@ def line_of(event: Mapping[str, Any]) -> str:
     return f"{when}  {event['kind']:<12} {event['text']}"
 
 
-def must_be_same(file: Path, deployment: Deployment, endpoint: str, place: Place) -> None:
-    """Raises RecipeError for a deployment of another endpoint, or with other ports than it has."""
+def must_be_same(file: Path, deployment: Deployment, endpoint: str, place: Place, screen: Screen) -> None:
+    """Raises RecipeError for a deployment of another endpoint, or one that changes what stays as long as it runs."""
     if deployment.endpoint != endpoint:
         raise RecipeError(f"{file}: endpoint: {deployment.endpoint}, not {endpoint}")
-    told = place.read()
-    ports = deployment.ports.model_dump()
-    if told is not None and told.get("ports", ports) != ports:
+    told, standing = place.read(), deployment.standing
+    if told is None:
+        return
+    local = told.get("network", standing["network"]) is None
+    if local and standing["network"] is not None:
+        screen.note(f"note: network: not used, for {endpoint} was started with --local")
+        standing["network"] = None
+    changed = [name for name, value in standing.items() if told.get(name, value) != value]
+    if changed:
         raise RecipeError(
-            f"{file}: ports: an endpoint keeps its ports as long as it runs",
-            hint=f"scalellm deploy down {endpoint}   # and deploy it anew",
+            f"{file}: {', '.join(changed)}: cannot change while the endpoint runs",
+            hint=f"scalellm deploy down {endpoint}; scalellm deploy {file}{' --local' if local else ''}",
         )
 
 

@@ -108,7 +108,13 @@ class Deployment(Section):
             "start_seconds": replicas.start_seconds,
             "max_price_per_hour": self.max_price_per_hour,
             "prices": dict(self.prices),
+            "max_queue": self.max_queue,
         }
+
+    @property
+    def standing(self) -> dict[str, Any]:
+        """What stays as it is for as long as the endpoint runs."""
+        return self.model_dump(mode="json", include={"host", "ports", "network"})
 
 
 def load_deployment(path: Path) -> Deployment:

@@ -93,6 +93,10 @@ class Fleet:
         return course.lane.room * max(1, course.replicas)
 
     @property
+    def queue(self) -> int | None:
+        return self._traffic.course.queue
+
+    @property
     def states(self) -> dict[str, str]:
         course, routes = self._traffic.course, self._routes
         found = {

@@ -201,7 +201,8 @@ class Head:
         lanes = {one.name: one for one in self._lanes.values()}
         lanes[lane.name] = lane  # of two versions that share it, the one that is to stay
         asleep = not placed and found.desired == 0
-        self._around.traffic.course = Course(lanes, target, found.desired, coming, asleep, self._spec["start_seconds"])
+        start_s, queue = float(self._spec["start_seconds"]), self._spec.get("max_queue")
+        self._around.traffic.course = Course(lanes, target, found.desired, coming, asleep, start_s, queue)
 
     def _tell(self, found: Decision) -> None:
         """The nodes, by way of the board: what is new there, or has been lost."""

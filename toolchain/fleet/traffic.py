@@ -44,6 +44,8 @@ class Course:
     """Whether there is none because nobody asked; the next request wakes one."""
     start_s: float = 600.0
     """How long a replica may take to come."""
+    queue: int | None = None
+    """How many requests may wait for a place; None: as the gateway's settings say."""
 
     @property
     def lane(self) -> Lane:

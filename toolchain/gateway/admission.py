@@ -10,9 +10,9 @@ from toolchain.gateway.failures import too_many
 
 
 class Admission:
-    """``places()`` requests at work at once, ``queue`` more wait, at most ``wait_s``; all others are told to go."""
+    """``places()`` requests at work at once, ``queue()`` more wait, at most ``wait_s``; all others are told to go."""
 
-    def __init__(self, places: Callable[[], int], queue: int, wait_s: float) -> None:
+    def __init__(self, places: Callable[[], int], queue: Callable[[], int], wait_s: float) -> None:
         self._places, self._queue, self._wait_s = places, queue, wait_s
         self._waiting: deque[asyncio.Future[None]] = deque()
         self.running = 0
@@ -26,7 +26,7 @@ class Admission:
         if self.running < self._places() and not self._waiting:
             self.running += 1
             return
-        if len(self._waiting) >= self._queue:
+        if len(self._waiting) >= self._queue():
             text = f"{self.running} requests are at work and {len(self._waiting)} wait; there is no room for more"
             raise too_many(text, retry_after_s=1, code="overloaded")
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -60,6 +60,10 @@ class Engines(Protocol):
         """What is served just now, where that changes while the gateway runs; else None."""
 
     @property
+    def queue(self) -> int | None:
+        """How many more may wait, where that changes while the gateway runs; else None."""
+
+    @property
     def tritons(self) -> Sequence[Triton]:
         """Those that it asks itself; none where an endpoint's workers do."""
 

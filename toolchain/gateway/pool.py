@@ -50,7 +50,8 @@ class Pool:
         self._tasks: list[asyncio.Task[None]] = []
 
     model: Model | None = None
-    """What the settings say, from beginning to end."""
+    queue: int | None = None
+    """Both as the settings say, from beginning to end."""
 
     async def __aenter__(self) -> Pool:
         self._tasks = [asyncio.create_task(self._look_after(triton)) for triton in self.tritons]

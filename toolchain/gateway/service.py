@@ -51,7 +51,7 @@ class Service:
         self.metrics, self.recent = Metrics(), Recent()
         self.doorkeeper = Doorkeeper(settings.keys)
         limits = settings.limits
-        self.admission = Admission(lambda: limits.max_running or self.pool.room, limits.max_queue, limits.queue_s)
+        self.admission = Admission(lambda: limits.max_running or self.pool.room, lambda: self.max_queue, limits.queue_s)
         self.metrics.running.set_function(lambda: self.admission.running)
         self.metrics.waiting.set_function(lambda: self.admission.waiting)
         self.pool: Engines
@@ -60,6 +60,12 @@ class Service:
     def model(self) -> Model:
         """That is served just now."""
         return self.pool.model or self.settings.model
+
+    @property
+    def max_queue(self) -> int:
+        """How many requests may wait for a place just now."""
+        told = self.pool.queue
+        return self.settings.limits.max_queue if told is None else told
 
     async def __aenter__(self) -> Service:
         self.pool = self._make_engines(self.settings, self._note_retry)

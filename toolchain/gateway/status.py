@@ -103,7 +103,7 @@ class Observer:
             running=admission.running,
             waiting=admission.waiting,
             places=settings.limits.max_running or service.pool.room,
-            max_queue=settings.limits.max_queue,
+            max_queue=service.max_queue,
             replicas=_of_fleet(fleet) if fleet else [_replica(triton, seen) for triton, seen in pairs],
             last_minute=recent.window(60),
             last_five_minutes=recent.window(300),

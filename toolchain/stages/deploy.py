@@ -115,7 +115,7 @@ class Local:
                 "cost_per_hour": self.head.cost_per_hour(),
                 "network": self.deployment.network is not None,
                 "replicas": told,
-                "ports": self.deployment.ports.model_dump(),
+                **self.deployment.standing,
                 "doors": self.doors,
             }
         )
