@@ -285,6 +285,33 @@ def test_a_version_that_fails_after_its_trial_is_given_up_too() -> None:
     assert [version for _, version in world.running()] == [1, 1, 1]
 
 
+@pytest.mark.parametrize("rounds", range(1, 6))
+def test_an_update_that_is_cancelled_at_any_step_is_rolled_back(rounds: int) -> None:
+    world = World(wish(3, 4))
+    world.settle()
+    world.wish = replace(world.wish, next=2)
+    for _ in range(rounds):
+        world.step()
+    assert world.wish.next == 2, "it is not over"
+    world.wish = replace(world.wish, next=None)
+    least = min(world.step() and world.ready() for _ in range(14))
+    assert least == 3
+    assert [version for _, version in world.running()] == [1, 1, 1]
+    assert [version for version, _ in world.replicas.values()] == [1, 1, 1]
+
+
+def test_an_update_that_waits_for_a_place_leaves_nothing_when_it_is_cancelled() -> None:
+    world = World(wish(2, 2))
+    world.settle()
+    before = dict(world.replicas)
+    world.wish = replace(world.wish, next=2)
+    world.settle()
+    assert world.memory.waits
+    world.wish = replace(world.wish, next=None)
+    world.settle()
+    assert (world.replicas, world.memory.waits) == (before, "")
+
+
 def test_with_none_running_an_update_still_tries_the_new_version() -> None:
     world = World(wish(0, 2), load=Load(idle_s=1000))
     world.settle()
@@ -402,6 +429,7 @@ ACTS = st.one_of(
     st.tuples(st.just("fail"), st.integers(0, 5)),
     st.tuples(st.just("down"), st.integers(0, 5)),
     st.tuples(st.just("update"), st.booleans()),
+    st.tuples(st.just("cancel"), st.none()),
     st.tuples(st.just("scale"), st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 1))),
 )
 
@@ -423,8 +451,8 @@ def play(world: World, act: Act, version: Iterator[int]) -> None:
         key = sorted(world.replicas)[value % len(world.replicas)]
         if world.replicas[key][1] in ("starting", "ready", "down"):
             world.replicas[key] = (world.replicas[key][0], {"fail": "failed", "down": "down"}[what])
-    elif what == "update":
-        world.wish = replace(world.wish, next=next(version) + (0 if value else BAD))
+    elif what in ("update", "cancel"):
+        world.wish = replace(world.wish, next=None if what == "cancel" else next(version) + (0 if value else BAD))
     elif what == "scale":
         least, more, unavailable = value
         scale = replace(world.wish.scale, min=least, max=max(1, least + more))

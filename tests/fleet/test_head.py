@@ -193,6 +193,54 @@ def test_of_two_updates_the_second_waits_for_its_turn(scene: Scene) -> None:
         asking.outcome(seen, lambda _event: None)
 
 
+def test_an_update_that_waits_for_a_place_can_be_cancelled_and_takes_its_numbers_with_it(scene: Scene) -> None:
+    scene.rounds()
+    scene.ask(ask="update", version={"lane": "e-new"}, scaling={**SCALING, "min": 3, "max_unavailable": 0})
+    scene.rounds()
+    assert scene.assigned() == [("r1", 1), ("r2", 1), ("r3", 1)], "the surge took the place"
+    assert scene.head.spec["next"] == 2
+    assert "waits" in scene.kinds()
+    scene.ask(ask="scale", min=2, max=2)
+    assert scene.ask(ask="cancel") == {"error": "", "version": 1, "given_up": 2}
+    scene.rounds(12)
+    spec = scene.board.read("spec")["spec"]
+    assert {name: spec[name] for name in ("current", "next", "min", "max", "max_unavailable")} == {
+        "current": 1,
+        "next": None,
+        "min": 2,
+        "max": 2,
+        "max_unavailable": 1,
+    }
+    assert [one["version"] for one in spec["versions"]] == [1]
+    with pytest.raises(RejectedError, match="version 2 is given up, version 1 stays: it was cancelled"):
+        asking.outcome(asking.events(scene.around.events, 0, lambda: False), lambda _event: None)
+
+
+def test_in_the_middle_of_a_rollout_a_cancelled_update_is_rolled_back(scene: Scene) -> None:
+    scene.rounds()
+    scene.states |= {"r3": "starting", "r4": "starting"}
+    scene.ask(ask="update", version={"lane": "e-new"}, scaling=SCALING)
+    scene.states["r3"] = "ready"
+    scene.rounds()
+    assert scene.assigned() == [("r1", 1), ("r3", 2), ("r4", 2)]
+    assert scene.traffic.course.target == "e-new"
+    assert scene.ask(ask="cancel")["version"] == 1
+    scene.rounds(12)
+    assert [version for _, version in scene.assigned()] == [1, 1]
+    assert (scene.traffic.course.target, list(scene.traffic.course.lanes)) == ("e-old", ["e-old"])
+    with pytest.raises(RecipeError, match="no update of e is at work"):
+        scene.ask(ask="cancel")
+
+
+def test_an_update_that_fails_takes_its_numbers_with_it(scene: Scene) -> None:
+    scene.rounds()
+    scene.states["r3"] = "failed"
+    scene.ask(ask="update", version={"lane": "e-new"}, scaling={**SCALING, "max": 9, "max_queue": 1})
+    scene.rounds()
+    spec = scene.head.spec
+    assert (spec["current"], spec["next"], spec["max"], spec["max_queue"]) == (1, None, 3, SCALING["max_queue"])
+
+
 def test_an_endpoint_that_is_deployed_again_goes_on_with_what_runs(scene: Scene) -> None:
     scene.rounds()
     found = scene.board.read("spec")["spec"]

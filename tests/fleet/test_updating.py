@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +139,27 @@ def test_a_new_version_drains_is_checked_and_is_fetched_as_its_file_says(reposit
         str(tmp_path / "shelf"),
     )
     assert list((tmp_path / "shelf").rglob("*")), "what nodes fetch lies there"
+
+
+def test_an_update_is_cancelled_on_the_command_line(command: Command) -> None:
+    scene = Scene(command.work / "endpoints" / "parrot")
+    scene.rounds()
+    scene.states["r3"] = "starting"
+    scene.ask(ask="update", version={"lane": "e-new"}, scaling=SCALING)
+    argv = ["deploy", "update", "parrot", "--cancel", "--json", "--work", str(command.work)]
+    with running.Place(command.work / "endpoints" / "parrot").hold(lambda: AssertionError()) as record:
+        record({"endpoint": "parrot"})
+        with ThreadPoolExecutor(1) as pool:
+            done = pool.submit(CliRunner().invoke, verbs, argv, standalone_mode=False)
+            while not done.done():
+                scene.rounds(1)
+    assert json.loads(done.result().stdout) == {"endpoint": "parrot", "version": 1, "given_up": 2}
+    scene.rounds()
+    assert scene.assigned() == [("r1", 1), ("r2", 1)]
+
+
+def test_an_update_needs_a_file_or_cancel() -> None:
+    for more in ([], ["new.yaml", "--cancel"]):
+        done = CliRunner().invoke(verbs, ["deploy", "update", "parrot", *more])
+        assert done.exit_code == 2
+        assert "--cancel" in done.stderr

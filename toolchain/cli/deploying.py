@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from toolchain.fleet.deployment import Deployment
     from toolchain.gateway.run import Listen
     from toolchain.gateway.settings import Model
+    from toolchain.stages.deploy import Place
     from toolchain.stages.serve import ServingInfo
 
 
@@ -65,7 +66,7 @@ def deploy() -> None:
       scalellm deploy DEPLOYMENT.yaml --local
       scalellm deploy status
       scalellm deploy scale my-llama --min 1 --max 3
-      scalellm deploy update my-llama DEPLOYMENT.yaml
+      scalellm deploy update my-llama DEPLOYMENT.yaml; scalellm deploy update my-llama --cancel
       scalellm deploy logs my-llama --follow
       scalellm deploy down my-llama
       scalellm deploy token my-llama --expires 1h; scalellm deploy join TOKEN
@@ -180,38 +181,64 @@ def run(
 
 @deploy.command()
 @click.argument("endpoint")
-@click.argument("file", type=PATH, metavar="DEPLOYMENT.yaml")
+@click.argument("file", type=PATH, metavar="[DEPLOYMENT.yaml]", required=False)
+@click.option("--cancel", is_flag=True, help="End the update that is at work: the version before stays.")
 @_unverified_flag
 @work_flag()
 @common
-def update(endpoint: str, file: Path, allow_unverified: bool, work: Path, json_output: bool, verbose: int) -> None:
+def update(
+    endpoint: str,
+    file: Path | None,
+    cancel: bool,
+    allow_unverified: bool,
+    work: Path,
+    json_output: bool,
+    verbose: int,
+) -> None:
     """Replace what an endpoint runs, without a lost request: all that its file says but host, ports and network.
 
     What is stale is built. One replica of the new version is started and must pass its gate; the others follow one by
-    one. If it does not start, keeps dying or is refused, the old version stays, and the exit code is 7.
+    one. If it does not start, keeps dying or is refused, the old version stays, and the exit code is 7. Ctrl-C ends
+    the waiting alone; --cancel ends the update, wherever it stands.
 
     \b
-    Example:
+    Examples:
       scalellm deploy update my-llama DEPLOYMENT.yaml
+      scalellm deploy update my-llama --cancel
     """
+    from toolchain.stages import deploy as stage
+
+    screen, place = open_screen(json_output, verbose), stage.Place.of(work, endpoint)
+    if cancel == (file is not None):
+        raise click.UsageError("Name the DEPLOYMENT.yaml of the new version, or --cancel.")
+    if file is None:
+        stays, given_up = stage.cancel(place)
+        screen.emit({"endpoint": endpoint, "version": stays, "given_up": given_up})
+        screen.say(f"{endpoint}: version {given_up} is given up, version {stays} stays\nNext: scalellm deploy status")
+        return
+    version = _updated(screen, place, file, endpoint, work, allow_unverified)
+    screen.emit({"endpoint": endpoint, "version": version})
+    screen.say(f"{endpoint}: version {version} answers")
+
+
+def _updated(screen: Screen, place: Place, file: Path, endpoint: str, work: Path, allow_unverified: bool) -> int:
+    """The number of the new version, which answers. Raises ScalellmError."""
     from toolchain.fleet.deployment import load_deployment
     from toolchain.stages import deploy as stage
 
-    screen = open_screen(json_output, verbose)
-    deployment, place = load_deployment(file), stage.Place.of(work, endpoint)
+    deployment = load_deployment(file)
     operating.must_be_same(file, deployment, endpoint, place, screen)
     require_libraries()
     repositories = [admitted(screen, recipe, work, allow_unverified) for recipe in deployment.recipes]
-    version = stage.update(
-        place,
-        deployment,
-        repositories,
-        progress=screen,
-        on_event=lambda event: screen.note(operating.line_of(event)),
-        allow_unverified=allow_unverified,
+
+    def tell(event: Mapping[str, Any]) -> None:
+        screen.note(operating.line_of(event))
+        if event["kind"] == "waits":
+            screen.note(f"To return to the version before: scalellm deploy update {endpoint} --cancel")
+
+    return stage.update(
+        place, deployment, repositories, progress=screen, on_event=tell, allow_unverified=allow_unverified
     )
-    screen.emit({"endpoint": endpoint, "version": version})
-    screen.say(f"{endpoint}: version {version} answers")
 
 
 def admitted(screen: Screen, recipe: str, work: Path, allow_unverified: bool) -> Path:

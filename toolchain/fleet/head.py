@@ -117,6 +117,8 @@ class Head:
         found = decide(self._wish(), seen, load, time.monotonic(), memory)
         self._memory = found.memory
         self._begun = self._begun or bool(found.memory.ready)
+        if self._spec["next"] is not None and found.next is None and found.current == self._spec["current"]:
+            self._return()
         self._spec |= {"current": found.current, "next": found.next, "desired": found.desired}
         self._write(found.events)
         self._forget(found, seen)
@@ -244,6 +246,8 @@ class Head:
             return self._scale(ask)
         if what == "update":
             return self._update(ask)
+        if what == "cancel":
+            return self._cancel()
         if what == "down":
             self.asked.set()
             return {}
@@ -256,21 +260,38 @@ class Head:
         if not (0 <= least <= most and 1 <= most <= MOST):
             raise RecipeError(f"min {least}, max {most}: wanted is 0 <= min <= max, and max from 1 to {MOST}")
         self._spec |= {"min": least, "max": most}
+        if before := self._spec.get("before"):  # what a person has scaled stays, whatever becomes of the update
+            self._spec["before"] = {**before, "min": least, "max": most}
         self._write([Event("asked", f"min {least}, max {most}")])
         return {"min": least, "max": most}
 
     def _update(self, ask: Mapping[str, Any]) -> dict[str, Any]:
         if self._spec["next"] is not None:
             raise RecipeError(
-                f"version {self._spec['next']} is being rolled out; one at a time", hint="scalellm deploy status"
+                f"version {self._spec['next']} is being rolled out; one at a time",
+                hint=f"scalellm deploy update {self._spec['endpoint']} --cancel   # or wait: scalellm deploy status",
             )
         number = int(self._spec["last"]) + 1
         version = {**ask["version"], "version": number}
         self._lanes[number] = self._around.open_lane(version)
-        self._spec |= {**ask["scaling"], "next": number, "last": number}
+        before = {name: self._spec[name] for name in ask["scaling"] if name in self._spec}
+        self._spec |= {**ask["scaling"], "next": number, "last": number, "before": before}
         self._spec["versions"] = [*self._spec["versions"], version]
         self._write([Event("update", f"version {number} is to replace version {self._spec['current']}")])
         return {"version": number}
+
+    def _cancel(self) -> dict[str, Any]:
+        """The version before stays; what runs of the new one goes, by the steps of a bad one."""
+        given_up, stays = self._spec["next"], self._spec["current"]
+        if given_up is None:
+            raise RecipeError(f"no update of {self._spec['endpoint']} is at work", hint="scalellm deploy status")
+        self._return()
+        self._write([Event("rolled back", f"version {given_up} is given up, version {stays} stays: it was cancelled")])
+        return {"version": stays, "given_up": given_up}
+
+    def _return(self) -> None:
+        """To the version before an update, and to its numbers."""
+        self._spec |= {**(self._spec.get("before") or {}), "before": None, "next": None}
 
     # whether it is reached
 

@@ -159,4 +159,5 @@ def resumed(
         "versions": [*kept, {**wanted, "version": number}],
         "next": None if number == current else number,
         "last": max(int(found["last"]), number),
+        "before": None,
     }

@@ -279,6 +279,12 @@ def update(
     return int(answer["version"])
 
 
+def cancel(place: Place) -> tuple[int, int]:
+    """End a running update. -> the version that stays, and the one that is given up. Raises ScalellmError."""
+    answer = ask(place, {"ask": "cancel"})
+    return int(answer["version"]), int(answer["given_up"])
+
+
 def down(place: Place, timeout_s: float) -> bool:
     """Ask a running endpoint to end and wait for it; False where none runs. Raises EndpointError when it does not."""
     return running.Place(place.folder).end(timeout_s)
