@@ -6,7 +6,7 @@ import io
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -89,6 +89,9 @@ class ShownEngines:
 
     async def __aexit__(self, *_: object) -> None:
         pass
+
+    def queued(self, _asked: Sequence[Mapping[str, Any]]) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
 
     @property
     def states(self) -> dict[str, str]:

@@ -171,6 +171,21 @@ def test_a_little_more_than_the_target_adds_none() -> None:
     assert world.settle().desired == 3
 
 
+def test_requests_that_wait_for_a_place_add_replicas_however_short_they_are() -> None:
+    world = World(wish(1, 4), load=Load(tokens=10, idle_s=0, requests=8, room=8))
+    world.settle()
+    assert world.ready() == 1
+    world.load = replace(world.load, requests=9)
+    world.settle()
+    assert world.ready() == 2, "for eight there is room, and one waits"
+    world.load = replace(world.load, requests=33)
+    world.settle()
+    assert world.ready() == 4
+    world.load = replace(world.load, tokens=350, requests=8)
+    world.settle(40)
+    assert world.ready() == 4, "their tokens want four"
+
+
 def test_idle_replicas_all_go_and_a_waiting_request_brings_one_back() -> None:
     world = World(wish(0, 3), load=Load(tokens=5, idle_s=0))
     world.settle()

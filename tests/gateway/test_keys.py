@@ -151,6 +151,21 @@ def test_no_more_than_the_places_are_at_work_the_queue_waits_in_turn_and_the_res
     asyncio.run(run())
 
 
+def test_who_waits_comes_in_when_there_are_more_places_though_nobody_leaves() -> None:
+    async def run() -> None:
+        places = [1]
+        admission = Admission(lambda: places[0], queue=lambda: 3, wait_s=30)
+        await admission.enter()
+        waiting = asyncio.create_task(admission.enter())
+        await asyncio.sleep(0)
+        assert (admission.running, admission.waiting) == (1, 1)
+        places[0] = 2
+        await asyncio.wait_for(waiting, 10)
+        assert (admission.running, admission.waiting) == (2, 0)
+
+    asyncio.run(run())
+
+
 def test_who_waits_too_long_is_told_so_and_holds_no_place() -> None:
     async def run() -> None:
         admission = Admission(lambda: 1, queue=lambda: 3, wait_s=0.01)

@@ -63,7 +63,8 @@ class _Round:
         self._remove(blocked)
         self._finish()
         if self.desired != self.memory.desired:
-            self._say("scaled", f"replicas wanted: {self.desired} (load: {load.tokens} tokens in flight)")
+            found = f"load: {load.tokens} tokens in flight, of {load.requests} requests"
+            self._say("scaled", f"replicas wanted: {self.desired} ({found})")
         if self.waits and self.waits != self.memory.waits:
             self._say("waits", self.waits)
         return self._decision(wanted)

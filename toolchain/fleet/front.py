@@ -34,7 +34,7 @@ _LONG_TEXT = 8192
 _POLL_S = 0.1
 _ASK_AGAIN_S = 0.1
 _LOAD = """\
-# HELP scalellm_fleet_tokens_in_flight Tokens of prompts and answers at work.
+# HELP scalellm_fleet_tokens_in_flight Tokens of prompts and answers at work or waiting.
 # TYPE scalellm_fleet_tokens_in_flight gauge
 scalellm_fleet_tokens_in_flight {tokens}
 # HELP scalellm_fleet_waiting_requests Requests for which no replica is there.
@@ -121,7 +121,9 @@ class Fleet:
     async def start(self, inputs: Mapping[str, Any]) -> FleetFlow:
         """The answers have begun when the first token of one of them is there. Raises ApiError."""
         while True:
-            await self._someone()
+            if not self._routes.ready(self._traffic.course.target):
+                async with self.queued([inputs]):
+                    await self._someone()
             lane = self._traffic.course.lane
             flow = await self._flow(lane, inputs)
             try:
@@ -137,6 +139,24 @@ class Fleet:
             except BaseException:
                 flow.close()
                 raise
+
+    @contextlib.asynccontextmanager
+    async def queued(self, asked: Sequence[Mapping[str, Any]]) -> AsyncGenerator[None, None]:
+        """Counted as load from the first moment; their tokens as soon as a thread has counted them."""
+        with contextlib.ExitStack() as uses:
+            waiting = [(uses.enter_context(self._traffic.use(0)), inputs) for inputs in asked]
+            counting = asyncio.create_task(self._count(waiting))
+            try:
+                yield
+            finally:
+                counting.cancel()
+
+    async def _count(self, waiting: Sequence[tuple[Use, Mapping[str, Any]]]) -> None:
+        texts = self._traffic.course.lane.texts
+        for use, inputs in waiting:
+            with contextlib.suppress(ApiError):  # it is refused when its turn comes
+                asks = await asyncio.to_thread(texts.asks, inputs)
+                use.add(sum(ask.prompt_tokens for ask in asks))
 
     async def _flow(self, lane: Lane, inputs: Mapping[str, Any]) -> FleetFlow:
         texts = lane.texts

@@ -25,6 +25,14 @@ class Load:
     """Requests for which there is no replica."""
     idle_s: float = math.inf
     """Since a request was last at work; 0 while one is."""
+    requests: int = 0
+    """At work or waiting, for whatever."""
+    room: int = 0
+    """Requests that one replica takes at once; 0: not known."""
+
+    def replicas(self, target_tokens: int) -> float:
+        """How many of them it is enough for: by tokens, and so that each request has its place."""
+        return max(self.tokens / target_tokens, self.requests / self.room if self.room else 0.0)
 
 
 @dataclass(frozen=True)
@@ -42,10 +50,11 @@ def desired(load: Load, scale: Scale, wanted: Mapping[int, float], now: float) -
     """``wanted``: number -> when so many were last wanted. -> how many there are to be, and the new ``wanted``."""
     recent = {number: when for number, when in wanted.items() if when + scale.idle_s > now}
     known = max(recent, default=0)
-    number = math.ceil(load.tokens / scale.target_tokens)
-    if known and number > known and load.tokens <= known * scale.target_tokens * (1 + TOLERANCE):
+    enough_for = load.replicas(scale.target_tokens)
+    number = math.ceil(enough_for)
+    if known and number > known and enough_for <= known * (1 + TOLERANCE):
         number = known
-    if load.waiting or load.tokens:
+    if load.waiting or load.tokens or load.requests:
         number = max(number, 1)
     number = min(number, scale.max)
     recent |= dict.fromkeys(range(1, number + 1), now)

@@ -57,7 +57,7 @@ class Course:
 
 
 class Use:
-    """One answer at work: what it has in flight."""
+    """One answer at work, or a request that waits: what it has in flight."""
 
     def __init__(self, traffic: Traffic) -> None:
         self._traffic, self._tokens = traffic, 0
@@ -80,15 +80,16 @@ class Traffic:
         self.course = course or Course({}, "")
         self._clock = clock
         self.tokens = 0
-        """Of prompts and answers so far, of all answers at work."""
+        """Of prompts and answers so far, of all answers at work and requests that wait."""
         self.waiting = 0
         """Requests for which no replica is there."""
         self._at_work = 0
+        """Answers, and requests that wait for their turn."""
         self._last_s = clock()
 
     @contextmanager
     def use(self, tokens: int) -> Iterator[Use]:
-        """For the length of an answer with a prompt of so many tokens."""
+        """For the length of an answer with a prompt of so many tokens, or while a request waits for its turn."""
         use = Use(self)
         use.add(tokens)
         self._at_work += 1
@@ -111,5 +112,7 @@ class Traffic:
 
     def load(self) -> Load:
         """For the head."""
-        busy = self._at_work or self.waiting
-        return Load(max(0, self.tokens), self.waiting, 0.0 if busy else self._clock() - self._last_s)
+        course, requests = self.course, self._at_work
+        idle_s = 0.0 if requests or self.waiting else self._clock() - self._last_s
+        room = course.lane.room if course.target in course.lanes else 0
+        return Load(max(0, self.tokens), self.waiting, idle_s, requests, room)

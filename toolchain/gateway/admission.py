@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 from toolchain.gateway.failures import too_many
 
+_LOOK_S = 0.2
+"""Until those who wait see that there are more places."""
+
 
 class Admission:
     """``places()`` requests at work at once, ``queue()`` more wait, at most ``wait_s``; all others are told to go."""
@@ -21,9 +24,14 @@ class Admission:
     def waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def full(self) -> bool:
+        """Whether the next request waits, or is told to go."""
+        return self.running >= self._places() or bool(self._waiting)
+
     async def enter(self) -> None:
         """Returns with a place. Raises ApiError (429)."""
-        if self.running < self._places() and not self._waiting:
+        if not self.full:
             self.running += 1
             return
         if len(self._waiting) >= self._queue():
@@ -33,7 +41,9 @@ class Admission:
         self._waiting.append(turn)
         try:
             async with asyncio.timeout(self._wait_s):
-                await turn
+                while not turn.done():
+                    await asyncio.wait([turn], timeout=_LOOK_S)
+                    self._call()
         except TimeoutError:
             self._give_back(turn)
             raise too_many(
@@ -46,6 +56,10 @@ class Admission:
     def leave(self) -> None:
         """The place is free again."""
         self.running -= 1
+        self._call()
+
+    def _call(self) -> None:
+        """Those whose turn it is."""
         while self._waiting and self.running < self._places():
             turn = self._waiting.popleft()
             if not turn.done():

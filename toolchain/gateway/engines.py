@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -70,6 +71,9 @@ class Engines(Protocol):
     @property
     def states(self) -> dict[str, str]:
         """Each by its address -> why it is down; empty for one that is up."""
+
+    def queued(self, asked: Sequence[Mapping[str, Any]]) -> AbstractAsyncContextManager[None]:
+        """Is told of the inputs of requests for as long as they wait for a place."""
 
     async def start(self, inputs: Mapping[str, Any]) -> AnswerFlow:
         """An answer whose first token is there. Raises ApiError."""

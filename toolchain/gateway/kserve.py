@@ -33,7 +33,7 @@ _NOT_ONE = (
 
 async def responses(service: Service, visit: Visit, wanted: Wanted) -> AsyncIterator[dict[str, Any]]:
     """The outputs of one request as they come, as Triton would send them. Raises ApiError, UpstreamError."""
-    await visit.enter()
+    await visit.enter(wanted.asked)
     flow = await service.pool.start(wanted.asked)
     visit.flows.append(flow)
     ends = 0

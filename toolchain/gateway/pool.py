@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import aiohttp
@@ -64,6 +65,10 @@ class Pool:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         await self._session.close()
+
+    def queued(self, _asked: Sequence[Mapping[str, Any]]) -> AbstractAsyncContextManager[None]:
+        """The same whether they wait or not: nothing here scales."""
+        return contextlib.nullcontext()
 
     @property
     def ready(self) -> bool:

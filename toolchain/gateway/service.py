@@ -132,7 +132,7 @@ class Service:
     ) -> Response:
         """All of the answer in one piece. An answer that was lost on the way is made again."""
         visit.prompts = len(requests)
-        await visit.enter()
+        await visit.enter(*(request.inputs for request in requests))
         for attempt in range(1, _WHOLE_ATTEMPTS + 1):
             try:
                 visit.answers.clear()
@@ -153,7 +153,7 @@ class Service:
         HTTP status of its own.
         """
         visit.prompts = len(requests)
-        await visit.enter()
+        await visit.enter(*(request.inputs for request in requests))
         pieces = self._pieces(visit, requests)
         first = await anext(pieces)
         visit.see(first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from openai.types import CompletionUsage
@@ -11,7 +12,7 @@ from starlette.requests import Request as HttpRequest
 
 from toolchain.gateway.admission import Admission
 from toolchain.gateway.answers import Answer, Piece, usage
-from toolchain.gateway.engines import AnswerFlow
+from toolchain.gateway.engines import AnswerFlow, Engines
 from toolchain.gateway.keys import Doorkeeper, Key
 from toolchain.gateway.logs import Log, request_id
 from toolchain.gateway.metrics import Metrics
@@ -28,6 +29,7 @@ class Behind(Protocol):
     recent: Recent
     doorkeeper: Doorkeeper
     admission: Admission
+    pool: Engines
 
 
 class Visit:
@@ -47,11 +49,16 @@ class Visit:
         self._last_s = self.begun_s
         self._entered = self._counted = self._ended = False
 
-    async def enter(self) -> None:
-        """Take a place. Raises ApiError (429)."""
-        self.service.doorkeeper.enter(self.key)
+    async def enter(self, *asked: Mapping[str, Any]) -> None:
+        """Take a place for requests with these inputs. Raises ApiError (429)."""
+        service = self.service
+        service.doorkeeper.enter(self.key)
         self._counted = True
-        await self.service.admission.enter()
+        if service.admission.full:
+            async with service.pool.queued(asked):
+                await service.admission.enter()
+        else:
+            await service.admission.enter()
         self._entered = True
 
     def see(self, piece: Piece, *, whole: bool = False) -> None:
