@@ -77,7 +77,7 @@ def deploy() -> None:
 for _verb in (
     *(operating.status, operating.scale, operating.logs, operating.down),
     *(joining.token, joining.join, joining.revoke),
-    exporting.export,
+    *(exporting.export, exporting.dashboards),
 ):
     deploy.add_command(_verb)
 

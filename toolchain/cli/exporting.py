@@ -96,6 +96,30 @@ def export(format_: str, file: Path, out: Path, force: bool, json_output: bool, 
     screen.say(f"Next: {out / 'README.md'}")
 
 
+@click.command()
+@click.argument("file", type=PATH, metavar="DEPLOYMENT.yaml")
+@click.option("-o", "--out", type=PATH, required=True, metavar="DIR", help="Where the files go.")
+@click.option("--force", is_flag=True, help="Write over files that say something else.")
+@common
+def dashboards(file: Path, out: Path, force: bool, json_output: bool, verbose: int) -> None:
+    """Write a compose file with Prometheus and Grafana for an endpoint that runs here: load, replicas, cost.
+
+    \b
+    Example:
+      scalellm deploy dashboards DEPLOYMENT.yaml -o dashboards
+    """
+    from toolchain import exports
+    from toolchain.exports import watching
+    from toolchain.fleet.deployment import load_deployment
+
+    screen = open_screen(json_output, verbose)
+    deployment = load_deployment(file)
+    files = watching.files(deployment)
+    exports.write(files, out, force=force)
+    screen.emit({"endpoint": deployment.endpoint, "folder": out, "files": sorted(files)})
+    screen.say(f"written: {out} ({len(files)} files)\nNext: {out / 'README.md'}")
+
+
 def _wanted(
     screen: Screen,
     file: Path,

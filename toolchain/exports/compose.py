@@ -30,13 +30,13 @@ _MARGIN_S = 15
 def files(wanted: Wanted) -> dict[str, str]:
     """compose.yaml, and what Prometheus and Grafana are provisioned with. Raises PlanError for several devices."""
     kind = _only(wanted)
-    grafana = "grafana/provisioning"
+    provisioning = "grafana/provisioning"
     return {
         "compose.yaml": yaml_text(_compose(wanted, kind)),
         "prometheus/prometheus.yml": yaml_text(monitoring.of_gateway(f"gateway:{PORT}", f"{SECRETS}/{METRICS_KEY}")),
         "prometheus/alerts.yaml": yaml_text(monitoring.alerts(wanted)),
-        f"{grafana}/datasources/prometheus.yaml": yaml_text(_datasource()),
-        f"{grafana}/dashboards/scalellm.yaml": yaml_text(_provider()),
+        f"{provisioning}/datasources/prometheus.yaml": yaml_text(datasource("http://prometheus:9090")),
+        f"{provisioning}/dashboards/scalellm.yaml": yaml_text(provider()),
         **{f"grafana/dashboards/{name}": text for name, text in dashboards.texts(wanted.name)},
         "models/.gitkeep": "",
         "README.md": guide.compose(wanted, list(notes(wanted))),
@@ -72,8 +72,8 @@ def _compose(wanted: Wanted, kind: Kind) -> dict[str, Any]:
             "engine": _puller(wanted, kind),
             **tritons,
             "gateway": _gateway(wanted, kind, list(tritons)),
-            "prometheus": _prometheus(),
-            "grafana": _grafana(),
+            "prometheus": prometheus(),
+            "grafana": grafana(),
         },
         "networks": {"engines": {"internal": True}, "doors": {}},
         "volumes": {"prometheus": {}, "grafana": {}},
@@ -177,7 +177,8 @@ def _healthy(wanted: Wanted, url: str) -> dict[str, Any]:
     return {"test": test, "interval": "10s", "timeout": "10s", "retries": 3, "start_period": f"{START_S:g}s"}
 
 
-def _prometheus() -> dict[str, Any]:
+def prometheus() -> dict[str, Any]:
+    """Its service, published on loopback."""
     return {
         "image": PROMETHEUS,
         "command": ["--config.file=/etc/prometheus/prometheus.yml", "--storage.tsdb.retention.time=15d"],
@@ -194,7 +195,8 @@ def _prometheus() -> dict[str, Any]:
     }
 
 
-def _grafana() -> dict[str, Any]:
+def grafana() -> dict[str, Any]:
+    """Its service, published on loopback."""
     return {
         "image": GRAFANA,
         "environment": {
@@ -222,8 +224,8 @@ def _grafana() -> dict[str, Any]:
     }
 
 
-def _datasource() -> dict[str, Any]:
-    """https://grafana.com/docs/grafana/latest/administration/provisioning/ (read 2026-11-22)."""
+def datasource(url: str) -> dict[str, Any]:
+    """Prometheus: https://grafana.com/docs/grafana/latest/administration/provisioning/ (read 2026-11-22)."""
     return {
         "apiVersion": 1,
         "datasources": [
@@ -232,14 +234,15 @@ def _datasource() -> dict[str, Any]:
                 "uid": dashboards.DATASOURCE["uid"],
                 "type": "prometheus",
                 "access": "proxy",
-                "url": "http://prometheus:9090",
+                "url": url,
                 "isDefault": True,
             }
         ],
     }
 
 
-def _provider() -> dict[str, Any]:
+def provider() -> dict[str, Any]:
+    """Where Grafana finds the dashboards."""
     options = {"path": "/dashboards"}
     return {
         "apiVersion": 1,

@@ -1,4 +1,4 @@
-"""Grafana's dashboards, as its JSON model has them: an endpoint for those who use it, and its engines.
+"""Grafana's dashboards, as its JSON model has them: an endpoint for those who use it, its engines, its fleet.
 
 Every metric in them is one that a gateway publishes; a test scrapes one and compares. Another reads them into the
 models of Grafana's grafana-foundation-sdk.
@@ -7,7 +7,7 @@ models of Grafana's grafana-foundation-sdk.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,12 +80,58 @@ ENGINES = (
         },
     ),
 )
+_EACH = "{{node}}/{{replica}}"
+
+
+def _each(metric: str) -> str:
+    return f"max by (node, replica) (scalellm_replica_{metric})"
+
+
+FLEET = (
+    Panel(
+        "Replicas",
+        "short",
+        {"ready": "max(scalellm_fleet_replicas_ready)", "wanted": "max(scalellm_fleet_replicas_wanted)"},
+    ),
+    Panel(
+        "Nodes and GPUs",
+        "short",
+        {
+            "nodes": "max(scalellm_fleet_nodes)",
+            "GPUs at work": "max(scalellm_fleet_gpus)",
+            "nodes without a price": "max(scalellm_fleet_unpriced_nodes)",
+        },
+    ),
+    Panel("Tokens in flight", "short", {"tokens": "max(scalellm_fleet_tokens_in_flight)"}),
+    Panel(
+        "Requests that wait",
+        "short",
+        {"for a place": f"sum({_GATEWAY}waiting)", "for any replica": "max(scalellm_fleet_waiting_requests)"},
+    ),
+    Panel("Tokens per second, by replica", "short", {_EACH: _each("tokens_per_second")}),
+    Panel("Requests at work, by replica", "short", {_EACH: _each("running")}),
+    Panel("KV cache in use", "percentunit", {_EACH: f"{_each('kv_blocks_used')} / {_each('kv_blocks')}"}),
+    Panel("Cost per hour, in US dollars", "currencyUSD", {"nodes in use": "max(scalellm_fleet_cost_usd_per_hour)"}),
+    Panel(
+        "Restarts of workers",
+        "short",
+        {_EACH: "max by (node, replica) (increase(scalellm_replica_restarts_total[5m]))"},
+    ),
+    Panel(
+        "Requests asked again after a loss",
+        "reqps",
+        {"asked again": _rate(f"{_GATEWAY}retries_total"), "given up by clients": _rate(f"{_GATEWAY}cancelled_total")},
+    ),
+)
 BOARDS = {"endpoint": ENDPOINT, "engines": ENGINES}
+"""Of one gateway in front of Tritons."""
+FLEET_BOARDS = {"endpoint": ENDPOINT, "fleet": FLEET}
+"""Of the head of an endpoint that ``scalellm deploy`` runs."""
 
 
-def texts(endpoint: str) -> Iterator[tuple[str, str]]:
+def texts(endpoint: str, boards: Mapping[str, tuple[Panel, ...]] = BOARDS) -> Iterator[tuple[str, str]]:
     """(name of the file, JSON) of each dashboard."""
-    for name, panels in BOARDS.items():
+    for name, panels in boards.items():
         yield f"{name}.json", json.dumps(_board(endpoint, name, panels), indent=2) + "\n"
 
 

@@ -5,11 +5,15 @@ A gateway's ``/metrics`` takes an API key, as its other doors do; Prometheus rea
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolchain.exports.wanted import Wanted
 
+if TYPE_CHECKING:
+    from toolchain.fleet.deployment import Deployment
+
 JOB = "scalellm"
+_GATEWAY = "scalellm_gateway_"
 _EVERY = "10s"
 _FULL = 0.8
 """Of the queue: our choice."""
@@ -57,19 +61,37 @@ def _config(found: dict[str, Any], key_file: str, rules: str) -> dict[str, Any]:
 
 
 def alerts(wanted: Wanted) -> dict[str, Any]:
-    """A file of rules."""
-    gateway = "scalellm_gateway_"
-    failed = f'sum(rate({gateway}requests_total{{status=~"5.."}}[5m]))'
-    ttft = f"sum by (le) (rate({gateway}ttft_seconds_bucket[5m]))"
-    full = round(_FULL * wanted.deployment.max_queue)
+    """A file of rules, for gateways in front of Tritons."""
+    up = f"{_GATEWAY}triton_up"
+    return _rules(
+        wanted.deployment,
+        _alert("NothingGenerates", f"sum({up}) == 0", "1m", "critical", "No engine of it generates."),
+        _alert("ReplicaDown", f"{up} == 0", "5m", "warning", "An engine has been down for long."),
+    )
+
+
+def alerts_of_fleet(deployment: Deployment) -> dict[str, Any]:
+    """A file of rules, for the head of an endpoint that ``scalellm deploy`` runs. A wish for none is no alarm."""
+    ready, wanted = "scalellm_fleet_replicas_ready", "scalellm_fleet_replicas_wanted"
+    return _rules(
+        deployment,
+        _alert("NothingGenerates", f"{ready} == 0 and {wanted} > 0", "1m", "critical", "No replica of it generates."),
+        _alert("ReplicaDown", f"{ready} < {wanted}", "10m", "warning", "Fewer replicas than wanted for long."),
+    )
+
+
+def _rules(deployment: Deployment, *engines: dict[str, Any]) -> dict[str, Any]:
+    """``engines``: what is known of those behind the gateway."""
+    failed = f'sum(rate({_GATEWAY}requests_total{{status=~"5.."}}[5m]))'
+    ttft = f"sum by (le) (rate({_GATEWAY}ttft_seconds_bucket[5m]))"
+    full = round(_FULL * deployment.max_queue)
     rules = [
         _alert("GatewayDown", f'up{{job="{JOB}"}} == 0', "1m", "critical", "Its gateway does not answer Prometheus."),
-        _alert("NothingGenerates", f"sum({gateway}triton_up) == 0", "1m", "critical", "No engine of it generates."),
-        _alert("ReplicaDown", f"{gateway}triton_up == 0", "5m", "warning", "An engine has been down for long."),
-        _alert("QueueFills", f"{gateway}waiting >= {max(1, full)}", "2m", "warning", "Soon requests get 429."),
+        *engines,
+        _alert("QueueFills", f"{_GATEWAY}waiting >= {max(1, full)}", "2m", "warning", "Soon requests get 429."),
         _alert(
             "RequestsFail",
-            f"{failed} / sum(rate({gateway}requests_total[5m])) > {_FAILED:g}",
+            f"{failed} / sum(rate({_GATEWAY}requests_total[5m])) > {_FAILED:g}",
             *("5m", "critical", "More than one in twenty requests ends with an error of the server."),
         ),
         _alert(
@@ -78,11 +100,8 @@ def alerts(wanted: Wanted) -> dict[str, Any]:
             *("10m", "warning", f"One in twenty requests waits longer than {_SLOW_S} s for its first token."),
         ),
     ]
-    return {
-        "groups": [
-            {"name": JOB, "rules": [one | {"labels": one["labels"] | {"endpoint": wanted.name}} for one in rules]}
-        ]
-    }
+    named = [one | {"labels": one["labels"] | {"endpoint": deployment.endpoint}} for one in rules]
+    return {"groups": [{"name": JOB, "rules": named}]}
 
 
 def _alert(name: str, expression: str, lasting: str, severity: str, says: str) -> dict[str, Any]:

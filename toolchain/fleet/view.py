@@ -34,6 +34,14 @@ _FRESH_S = 0.4
 """However many ask, the board is read once in that time."""
 _TAIL_BYTES = 32 * 1024
 _OVER = frozenset({"failed", "ended"})
+_OF_ALL = {
+    "replicas_ready": "Replicas that take requests.",
+    "replicas_wanted": "Replicas that are wanted.",
+    "nodes": "Nodes that say that they are there.",
+    "gpus": "GPUs of the nodes that run a replica.",
+    "cost_usd_per_hour": "US dollars, of the nodes that run a replica and have a price.",
+    "unpriced_nodes": "Nodes that run a replica and have no price.",
+}
 _GAUGES = {
     "ready": "Whether it takes requests.",
     "running": "Requests that it works on.",
@@ -65,9 +73,15 @@ class View:
         return await asyncio.to_thread(self._status)
 
     async def metrics(self) -> list[Relayed]:
-        """Each replica's own figures, and its engine's metrics, for Prometheus."""
-        await asyncio.to_thread(self._read)
-        rates = self._meter.rates()
+        """What there is of nodes and replicas, each one's own figures, and its engine's metrics, for Prometheus."""
+        status = await self.status()
+        rates, endpoint = self._meter.rates(), self._spec.get("endpoint")
+        return [
+            Relayed({"endpoint": endpoint} if endpoint else {}, _text_of_all(status)),
+            *self._each(rates),
+        ]
+
+    def _each(self, rates: Mapping[str, float]) -> list[Relayed]:
         return [
             Relayed({"node": name, "replica": str(one["name"])}, _text(one, rates))
             for name, said in self._nodes.items()
@@ -191,11 +205,30 @@ def _text(said: Mapping[str, Any], rates: Mapping[str, float]) -> str:
         "drafted_tokens_total": drafts.get("drafted"),
         "accepted_tokens_total": drafts.get("accepted"),
     }
-    lines = []
-    for kind, families in (("gauge", _GAUGES), ("counter", _COUNTERS)):
-        for name, help_text in families.items():
-            if isinstance(values[name], (int, float)):
-                full = f"scalellm_replica_{name}"
-                lines += [f"# HELP {full} {help_text}", f"# TYPE {full} {kind}", f"{full} {values[name]}"]
-    own, engine = "\n".join(lines) + "\n", str(figures.get("metrics", ""))
+    own = _families("scalellm_replica", "gauge", _GAUGES, values)
+    own += _families("scalellm_replica", "counter", _COUNTERS, values)
+    engine = str(figures.get("metrics", ""))
     return own + engine if len(engine) <= MOST_CHARACTERS else own
+
+
+def _text_of_all(status: FleetStatus) -> str:
+    """The endpoint's figures in Prometheus' format."""
+    values = {
+        "replicas_ready": status.ready,
+        "replicas_wanted": status.desired,
+        "nodes": len(status.nodes),
+        "gpus": status.gpus,
+        "cost_usd_per_hour": float(status.cost_per_hour),
+        "unpriced_nodes": status.unpriced,
+    }
+    return _families("scalellm_fleet", "gauge", _OF_ALL, values)
+
+
+def _families(prefix: str, kind: str, helps: Mapping[str, str], values: Mapping[str, Any]) -> str:
+    """One sample for each value that is a number."""
+    lines = []
+    for name, help_text in helps.items():
+        if isinstance(values[name], (int, float)):
+            full = f"{prefix}_{name}"
+            lines += [f"# HELP {full} {help_text}", f"# TYPE {full} {kind}", f"{full} {values[name]}"]
+    return "\n".join(lines) + "\n"
