@@ -102,7 +102,16 @@ def join(text: str, work: Path, json_output: bool, verbose: int, **flags: Any) -
     told = {"device": device, "gpus": node.gpus, "room": node.room, "folder": folder}
     screen.emit({"endpoint": wanted.endpoint, "node": node.name, **told})
     screen.say(f"{node.name} is a node of {wanted.endpoint}; Ctrl-C drains it.")
-    stage.serve(membership, node, provide, progress=screen, check=_conformance(), notices=notices, gpus=gpus)
+    stage.serve(
+        membership,
+        node,
+        provide,
+        progress=screen,
+        check=_conformance(),
+        notices=notices,
+        gpus=gpus,
+        door=wanted.door,
+    )
 
 
 @click.command()

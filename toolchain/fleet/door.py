@@ -1,7 +1,7 @@
 """The head's door: HTTPS on a port of its own, at which a machine with a token becomes a node.
 
-It gives the authority's certificate to anybody, and a node's certificate for a good token. It keeps requests small and
-few, says nothing of why a token is not good, and knows nothing of replicas.
+It gives the authority's certificate to anybody, and a node's certificate for a good token, or for the node's present
+one. It keeps requests small and few, says nothing of why a token is not good, and knows nothing of replicas.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import uvicorn
@@ -32,6 +32,8 @@ _TRIES, _TRIES_S = 10, 60.0
 """So many requests of one address in so many seconds; more get 429."""
 _ADDRESSES = 4096
 _AT_ONCE = 32
+Work = Callable[[Mapping[str, str]], dict[str, object]]
+"""What is asked -> what is given. Raises ScalellmError."""
 
 
 class Tries:
@@ -52,7 +54,7 @@ class Tries:
 
 
 class Door:
-    """Its two requests."""
+    """Its three requests."""
 
     def __init__(self, guests: Guests, progress: Progress) -> None:
         self._guests, self._progress, self._tries = guests, progress, Tries()
@@ -60,34 +62,49 @@ class Door:
     @property
     def app(self) -> Starlette:
         return Starlette(
-            routes=[Route("/authority", self._authority), Route("/join", self._join, methods=["POST"])],
+            routes=[
+                Route("/authority", self._authority),
+                Route("/join", self._join, methods=["POST"]),
+                Route("/renew", self._renew, methods=["POST"]),
+            ],
         )
 
     async def _authority(self, _request: Request) -> Response:
         return PlainTextResponse(self._guests.authority.pem)
 
     async def _join(self, request: Request) -> Response:
+        return await self._answer(request, ("node", "token", "secret", "request"), self._let_in, "has joined")
+
+    async def _renew(self, request: Request) -> Response:
+        names = ("node", "password", "certificate", "request")
+        return await self._answer(request, names, self._again, "has a new certificate")
+
+    async def _answer(self, request: Request, names: Sequence[str], work: Work, done: str) -> Response:
         address = request.client.host if request.client else ""
         if not self._tries.take(address, time.monotonic()):
             return _refusal(429, "too many requests; wait a minute")
         try:
-            asked = await _body(request)
-            found = await asyncio.to_thread(self._let_in, asked)
+            asked = await _body(request, names)
+            found = await asyncio.to_thread(work, asked)
         except RejectedError as error:
             self._progress.note(f"the door refused {address}: {error.message}")
             return _refusal(403, error.message)
         except ScalellmError as error:
             self._progress.note(f"the door could not let {address} in: {error.message}")
             return _refusal(503, "the head cannot let anyone in just now")
-        self._progress.note(f"{found['node']} has joined, from {address}")
+        self._progress.note(f"{found['node']} {done}, from {address}")
         return JSONResponse(found)
 
-    def _let_in(self, asked: dict[str, str]) -> dict[str, object]:
+    def _let_in(self, asked: Mapping[str, str]) -> dict[str, object]:
         with self._guests.tokens.spending(asked["token"], asked["secret"]):
             return self._guests.let_in(asked["node"], asked["request"].encode())
 
+    def _again(self, asked: Mapping[str, str]) -> dict[str, object]:
+        papers = (asked[name].encode() for name in ("certificate", "request"))
+        return self._guests.renew(asked["node"], asked["password"], *papers)
 
-async def _body(request: Request) -> dict[str, str]:
+
+async def _body(request: Request, names: Sequence[str]) -> dict[str, str]:
     """A small JSON object of texts. Raises RejectedError."""
     raw = b""
     try:
@@ -99,7 +116,6 @@ async def _body(request: Request) -> dict[str, str]:
         found = json.loads(raw)
     except (TimeoutError, ValueError, RecursionError):
         raise RejectedError("the request cannot be understood") from None
-    names = ("node", "token", "secret", "request")
     if not isinstance(found, dict) or not all(isinstance(found.get(name), str) for name in names):
         raise RejectedError(f"the request needs {', '.join(names)}")
     return {name: found[name] for name in names}

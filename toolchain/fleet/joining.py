@@ -6,17 +6,21 @@ stays in a folder of its own, so that it need not ask again when it starts again
 
 from __future__ import annotations
 
+import datetime
 import http.client
 import json
 import re
 import socket
 import ssl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from toolchain.errors import ArtifactError, EndpointError, RejectedError
+from toolchain.fleet import renewal
 from toolchain.fleet.etcd import Etcd, EtcdBoard
 from toolchain.fleet.plane import Network
 from toolchain.fleet.tokens import Token
@@ -55,9 +59,9 @@ class Membership:
         """What the node's workers are told."""
         return self.folder / "discovery"
 
-    def board(self) -> EtcdBoard:
-        """Raises ArtifactError."""
-        context = self.identity.client_context(nameless=True)
+    def board(self, context: ssl.SSLContext | None = None) -> EtcdBoard:
+        """``context``: of its identity, for a caller who puts a renewed one into it. Raises ArtifactError."""
+        context = context or self.identity.client_context(nameless=True)
         return EtcdBoard(Etcd(self.etcd, context, user=self.node, password=self.password), self.endpoint)
 
     def keep(self) -> None:
@@ -83,11 +87,16 @@ _KEPT = ("endpoint", "node", "etcd", "nats", "password")
 
 
 def join(token: Token, node: str, folder: Path) -> Membership:
-    """Asks the head's door. A machine that has joined this endpoint already keeps its place, and the token is not used.
-    Raises RejectedError, EndpointError, ArtifactError.
+    """Asks the head's door. A machine that has joined this endpoint already keeps its place, and the token is not used;
+    its certificate is renewed where it soon runs out. Raises RejectedError, EndpointError, ArtifactError.
     """
     known = Membership.of(folder)
     if known is not None and known.identity.whole and _authority_of(known) == token.authority:
+        try:
+            renew(known, token.door)
+        except EndpointError:
+            if renewal.left(known.identity) <= datetime.timedelta():
+                raise
         return known
     check_node_name(node)
     door = urlsplit(token.door)
@@ -106,21 +115,52 @@ def join(token: Token, node: str, folder: Path) -> Membership:
     asked = {"node": node, "token": token.name, "secret": token.secret}
     body = {**asked, "request": make_request(identity, node).decode("ascii")}
     raw = _ask(token.door, trusting(authority), "POST", "/join", json.dumps(body).encode())
-    try:
+    with _understood(token.door):
         given: dict[str, Any] = json.loads(raw)
         found = Membership(folder, token.endpoint, *(str(given[name]) for name in _KEPT[1:]))
-        certificates = (str(given[name]).encode("ascii") for name in ("certificate", "nameless"))
-        identity.write(authority.encode("ascii"), Certificates(*certificates))
-    except (ValueError, KeyError, TypeError) as error:
-        raise EndpointError(f"{token.door}: its answer cannot be understood: {error}") from error
+        identity.write(authority.encode("ascii"), _certificates(given))
     found.keep()
     return found
+
+
+def renew(known: Membership, door: str, before: datetime.timedelta = renewal.BEFORE) -> bool:
+    """Whether the node has a new certificate, of the same key: it asks for one when less than ``before`` is left of
+    the present one. Raises RejectedError for a node that was put out, or came too late, EndpointError, ArtifactError.
+    """
+    identity = known.identity
+    if renewal.left(identity) >= before:
+        return False
+    authority, present = (file.read_text(encoding="ascii") for file in (identity.authority, identity.certificate))
+    request = make_request(identity, known.node, again=True).decode("ascii")
+    asked = {"node": known.node, "password": known.password, "certificate": present, "request": request}
+    try:
+        raw = _ask(door, trusting(authority), "POST", "/renew", json.dumps(asked).encode())
+    except RejectedError as error:
+        revoke = f"scalellm deploy revoke {known.endpoint} {known.node}; scalellm deploy token {known.endpoint}"
+        raise RejectedError(
+            error.message, hint=f"here: rm -r {known.folder}\non the head's machine: {revoke}"
+        ) from error
+    with _understood(door):
+        identity.write(authority.encode("ascii"), _certificates(json.loads(raw)))
+    return True
 
 
 def own_name() -> str:
     """This machine's name, as a node's."""
     name = re.sub(r"[^a-z0-9-]+", "-", socket.gethostname().partition(".")[0].lower()).strip("-")
     return name[:40] if name[:1].isalpha() else f"node-{name}"[:40].rstrip("-")
+
+
+@contextmanager
+def _understood(door: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError) as error:
+        raise EndpointError(f"{door}: its answer cannot be understood: {error}") from error
+
+
+def _certificates(given: Mapping[str, Any]) -> Certificates:
+    return Certificates(*(str(given[name]).encode("ascii") for name in ("certificate", "nameless")))
 
 
 def _authority_of(known: Membership) -> str:

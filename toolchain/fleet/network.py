@@ -8,6 +8,7 @@ that machine; ``serving`` runs the servers. Nothing here starts a replica.
 from __future__ import annotations
 
 import fcntl
+import hmac
 import json
 import secrets
 import time
@@ -20,11 +21,11 @@ from typing import Any
 
 from toolchain import runner
 from toolchain.errors import ArtifactError, RejectedError
-from toolchain.fleet import servers
+from toolchain.fleet import renewal, servers
 from toolchain.fleet.etcd import Etcd, EtcdBoard, guard, let_in, put_out
 from toolchain.fleet.plane import NAMESPACE, Network, Plane
 from toolchain.fleet.tokens import Token, Tokens
-from toolchain.fleet.trust import HEAD, SERVER, Authority, Identity, write_private
+from toolchain.fleet.trust import HEAD, SERVER, Authority, Certificates, Identity, write_private
 from toolchain.progress import Progress
 
 
@@ -137,8 +138,16 @@ class Guests:
             let_in(self.etcd(), node, password, self.endpoint, DYNAMO)
             nodes[node] = {"since": round(time.time()), "password": password}
             self._tell_nats(nodes)
-        given = {"certificate": certificates.named.decode("ascii"), "nameless": certificates.nameless.decode("ascii")}
-        return {"node": node, **given, "password": password, **self.urls}
+        return {"node": node, **_told(certificates), "password": password, **self.urls}
+
+    def renew(self, node: str, password: str, certificate: bytes, request: bytes) -> dict[str, Any]:
+        """A new certificate for a node that shows its present one. Raises RejectedError."""
+        with self._listed() as nodes:
+            known = nodes.get(node, {"password": ""})["password"]
+            if not known or not hmac.compare_digest(known.encode(), password.encode(errors="replace")):
+                raise RejectedError(f"{node} is no node of this endpoint, or no more")
+            renewal.check(self.authority, node, certificate, request)
+            return {"node": node, **_told(self.authority.sign(request, node))}
 
     def put_out(self, node: str) -> None:
         """It is known no more, and what it runs is asked no more. Raises RejectedError, EndpointError."""
@@ -185,6 +194,10 @@ class Guests:
     @property
     def _password_file(self) -> Path:
         return self.folder / "password"
+
+
+def _told(certificates: Certificates) -> dict[str, str]:
+    return {"certificate": certificates.named.decode("ascii"), "nameless": certificates.nameless.decode("ascii")}
 
 
 def _instances(said: dict[str, Any]) -> list[str]:

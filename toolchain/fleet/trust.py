@@ -31,7 +31,7 @@ SERVER = "server"
 """Its servers' name."""
 NODE_NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
 _RESERVED = frozenset({HEAD, SERVER, "root", "localhost"})
-_AUTHORITY_DAYS, _PARTY_DAYS = 3650, 365
+_AUTHORITY_LASTS, _PARTY_LASTS = datetime.timedelta(days=3650), datetime.timedelta(days=365)
 _SKEW = datetime.timedelta(days=1)
 """A clock that is wrong by less does not lock its machine out."""
 _MOST_REQUEST_BYTES = 8192
@@ -129,15 +129,20 @@ def write_private(path: Path, data: bytes) -> None:
     partial.replace(path)
 
 
-def make_request(identity: Identity, name: str) -> bytes:
-    """A node's key, kept in ``identity``, and its request for a certificate (PEM)."""
+def make_request(identity: Identity, name: str, *, again: bool = False) -> bytes:
+    """A node's key, kept in ``identity``, and its request for a certificate (PEM). ``again``: for the key that is there
+    already. Raises ArtifactError where that cannot be read.
+    """
     _require()
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes
 
-    key = _new_key()
-    identity.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_private(identity.key, _pem_of(key))
+    if again:
+        key = _key_in(identity.key)
+    else:
+        key = _new_key()
+        identity.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_private(identity.key, _pem_of(key))
     request = x509.CertificateSigningRequestBuilder().subject_name(_subject(name)).sign(key, hashes.SHA256())
     return _pem(request)
 
@@ -148,18 +153,19 @@ class Authority:
     def __init__(self, folder: Path, endpoint: str) -> None:
         _require()
         from cryptography import x509
-        from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
         self._folder = folder
+        self.lasts = _PARTY_LASTS
+        """How long the certificates that it gives are good."""
         certificate, key = folder / "ca.pem", folder / "ca-key.pem"
         if not certificate.exists():
             self._make(certificate, key, endpoint)
         self.pem = certificate.read_bytes()
         try:
             self._certificate = x509.load_pem_x509_certificate(self.pem)
-            self._key: ec.EllipticCurvePrivateKey = load_pem_private_key(key.read_bytes(), None)  # type: ignore[assignment]
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise ArtifactError(f"{folder}: not a usable certificate authority: {error}") from error
+        self._key = _key_in(key)
 
     def _make(self, certificate: Path, key: Path, endpoint: str) -> None:
         from cryptography import x509
@@ -167,7 +173,7 @@ class Authority:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         made = _new_key()
         usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)  # certificates, lists
-        builder = _builder(_subject(f"scalellm {endpoint}"), made.public_key(), _AUTHORITY_DAYS)
+        builder = _builder(_subject(f"scalellm {endpoint}"), made.public_key(), _AUTHORITY_LASTS)
         builder = builder.issuer_name(_subject(f"scalellm {endpoint}"))
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         builder = builder.add_extension(usage, critical=True)
@@ -217,7 +223,7 @@ class Authority:
         known_as = x509.SubjectAlternativeName([_name(one) for one in names])
         found = []
         for subject in (_subject(name), x509.Name([])):
-            builder = _builder(subject, key, _PARTY_DAYS).issuer_name(self._certificate.subject)
+            builder = _builder(subject, key, self.lasts).issuer_name(self._certificate.subject)
             builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             builder = builder.add_extension(x509.ExtendedKeyUsage(uses), critical=False)
             builder = builder.add_extension(known_as, critical=not list(subject))
@@ -232,6 +238,17 @@ def _new_key() -> ec.EllipticCurvePrivateKey:
     return ec.generate_private_key(ec.SECP256R1())
 
 
+def _key_in(file: Path) -> ec.EllipticCurvePrivateKey:
+    """Raises ArtifactError."""
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    try:
+        found: ec.EllipticCurvePrivateKey = load_pem_private_key(file.read_bytes(), None)  # type: ignore[assignment]
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{file}: not a usable key: {error}") from error
+    return found
+
+
 def _pem_of(key: ec.EllipticCurvePrivateKey) -> bytes:
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
@@ -244,7 +261,7 @@ def _pem(thing: x509.Certificate | x509.CertificateSigningRequest) -> bytes:
     return thing.public_bytes(Encoding.PEM)
 
 
-def _builder(subject: x509.Name, key: ec.EllipticCurvePublicKey, days: int) -> x509.CertificateBuilder:
+def _builder(subject: x509.Name, key: ec.EllipticCurvePublicKey, lasts: datetime.timedelta) -> x509.CertificateBuilder:
     from cryptography import x509
 
     now = datetime.datetime.now(datetime.UTC)
@@ -254,7 +271,7 @@ def _builder(subject: x509.Name, key: ec.EllipticCurvePublicKey, days: int) -> x
         .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - _SKEW)
-        .not_valid_after(now + datetime.timedelta(days=days))
+        .not_valid_after(now + lasts)
     )
 
 

@@ -6,12 +6,14 @@ It dials the endpoint's head and listens to nobody. What it runs, the head decid
 from __future__ import annotations
 
 import os
+import ssl
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain import gpu
+from toolchain.errors import ScalellmError
 from toolchain.progress import Progress
 from toolchain.registry import Manifest
 from toolchain.signals import ending_sets
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from toolchain.fleet.replica import Check
 
 CPU = "cpu"
+_RENEW_S = 6 * 3600.0
+"""Between two looks at how long the certificate is good. Our choice."""
 
 
 def folder_of(work: Path, endpoint: str) -> Path:
@@ -71,24 +75,29 @@ def serve(
     check: Check | None = None,
     notices: Notices | None = None,
     gpus: Sequence[str] = (),
+    door: str = "",
 ) -> None:
     """Runs what the head wants until SIGINT, SIGTERM or a notice of the cloud; then drains. A second signal ends
-    everything at once. ``gpus``: the names of the node's, for CUDA. Raises ScalellmError.
+    everything at once. ``gpus``: the names of the node's, for CUDA. ``door``: where the node's certificate is renewed
+    before it runs out. Raises ScalellmError.
     """
     from toolchain.fleet.agent import Agent, Maker
 
     asked = threading.Event()
     maker = Maker(membership.folder, str(membership.discovery), provide, progress=progress, check=check, gpus=gpus)
-    board = membership.board()
+    context = membership.identity.client_context(nameless=True)
+    board = membership.board(context)
     agent = Agent(node, board, maker, progress)
 
     def taken_away(notice: str) -> None:
         progress.note(f"this machine is about to be taken away: {notice}")
         asked.set()
 
-    watching = threading.Thread(target=notices.watch, args=(asked, taken_away), daemon=True) if notices else None
-    if watching is not None:
-        watching.start()
+    if notices:
+        threading.Thread(target=notices.watch, args=(asked, taken_away), daemon=True).start()
+    if door:
+        keeping = (membership, door, context, asked, progress)
+        threading.Thread(target=keep_certificate, args=keeping, daemon=True).start()
     with ending_sets(asked):
         try:
             agent.run(asked)
@@ -97,3 +106,26 @@ def serve(
         finally:
             agent.kill()
             board.close()
+
+
+def keep_certificate(
+    membership: Membership,
+    door: str,
+    context: ssl.SSLContext,
+    until: threading.Event,
+    progress: Progress,
+    every_s: float = _RENEW_S,
+) -> None:
+    """Renews the node's certificate before it runs out, for new connections of ``context`` too, until ``until`` is set.
+    What is connected stays so; workers that start later have the new one.
+    """
+    from toolchain.fleet import joining
+
+    identity = membership.identity
+    while not until.wait(every_s):
+        try:
+            if joining.renew(membership, door):
+                context.load_cert_chain(identity.nameless, identity.key)
+                progress.note(f"{membership.node} has a new certificate")
+        except ScalellmError as error:
+            progress.note(f"the certificate of {membership.node} is not renewed: {error.message}")
