@@ -103,6 +103,14 @@ def test_a_spot_machine_builds_its_engine_serves_it_and_goes_when_its_cloud_says
     ]
 
 
+def test_a_token_in_the_environment_stands_on_no_command_line(guests: Guests, tmp_path: Path) -> None:
+    argv = ["deploy", "join", "--name", "head", "--work", str(tmp_path)]
+    token = {"SCALELLM_JOIN_TOKEN": str(guests.token(lives_s=300))}
+    with_it, without = (CliRunner().invoke(verbs, argv, standalone_mode=False, env=env) for env in (token, {}))
+    assert isinstance(with_it.exception, RejectedError), "it was read, and the name is refused"
+    assert isinstance(without.exception, click.MissingParameter)
+
+
 def test_what_cannot_be_is_told_before_the_token_is_spent(guests: Guests, tmp_path: Path) -> None:
     token = guests.token(lives_s=300)
     for words, kind, said in (

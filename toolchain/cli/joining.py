@@ -40,7 +40,7 @@ def token(endpoint: str, expires: str, uses: int, work: Path, json_output: bool,
 
 
 @click.command()
-@click.argument("text", metavar="TOKEN")
+@click.argument("text", metavar="TOKEN", envvar="SCALELLM_JOIN_TOKEN")
 @click.option("--name", metavar="NODE", help="What this machine is called in the endpoint. [default: its host's name]")
 @click.option(
     "--room",
@@ -67,6 +67,7 @@ def join(text: str, work: Path, json_output: bool, verbose: int, **flags: Any) -
 
     A replica takes requests after its engine's passport was checked, its server has generated a token and, where the
     endpoint asks for it, passed the conformance suite. A machine that has joined before keeps its place.
+    The token may stand in SCALELLM_JOIN_TOKEN instead, where no list of processes shows it.
 
     \b
     Examples:
