@@ -71,6 +71,7 @@ def deploy() -> None:
       scalellm deploy down my-llama
       scalellm deploy token my-llama --expires 1h; scalellm deploy join TOKEN
       scalellm deploy export kubernetes DEPLOYMENT.yaml -o manifests --registry s3://bucket/models
+      scalellm deploy dashboards DEPLOYMENT.yaml -o dashboards
     """
 
 

@@ -113,7 +113,6 @@ class Local:
                 **{name: spec[name] for name in ("min", "max", "desired")},
                 "room": self.head.room(),
                 "cost_per_hour": self.head.cost_per_hour(),
-                "network": self.deployment.network is not None,
                 "replicas": told,
                 **self.deployment.standing,
                 "doors": self.doors,
