@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -104,19 +104,62 @@ class EventStream(Response):
             async with asyncio.timeout_at(self._deadline):
                 await unless_gone(receive, self._send_all(send))
         except TimeoutError:
-            await self._send(send, {"type": "http.response.body", "body": self._late, "more_body": False})
+            await self._last_words(send)
             return "deadline"
         return None
 
-    async def _send_all(self, send: Send) -> None:
-        await self._send(send, {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for piece in self._pieces:
-            await self._send(send, {"type": "http.response.body", "body": piece, "more_body": True})
-        await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _send(self, send: Send, message: dict[str, Any]) -> None:
+    async def _last_words(self, send: Send) -> None:
         try:
             async with asyncio.timeout(self._write_s):
-                await send(message)
+                await send({"type": "http.response.body", "body": self._late, "more_body": False})
         except TimeoutError:
             raise SlowError from None
+
+    async def _send_all(self, send: Send) -> None:
+        """Raises SlowError."""
+        try:
+            async with asyncio.timeout(None) as patience:
+                watch = _Watch(patience, self._write_s)
+                try:
+                    await self._send_pieces(send, watch)
+                finally:
+                    watch.end()
+        except TimeoutError:
+            if not patience.expired():
+                raise
+            raise SlowError from None
+
+    async def _send_pieces(self, send: Send, watch: _Watch) -> None:
+        head = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        await watch.over(send(head))
+        async for piece in self._pieces:
+            await watch.over(send({"type": "http.response.body", "body": piece, "more_body": True}))
+        await watch.over(send({"type": "http.response.body", "body": b"", "more_body": False}))
+
+
+class _Watch:
+    """Ends a timeout's block when one of the many waits in it takes longer than ``most_s``, twice as long at most. One
+    timer for all of them: to set and take away one for each costs more than to send a piece.
+    """
+
+    def __init__(self, patience: asyncio.Timeout, most_s: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._patience, self._most_s = patience, most_s
+        self._since_s: float | None = None
+        self._timer = self._loop.call_later(most_s, self._look)
+
+    async def over(self, wait: Awaitable[None]) -> None:
+        self._since_s = self._loop.time()
+        await wait
+        self._since_s = None
+
+    def end(self) -> None:
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        until = (now if self._since_s is None else self._since_s) + self._most_s
+        if until <= now:
+            self._patience.reschedule(now)
+        else:
+            self._timer = self._loop.call_at(until, self._look)
