@@ -18,6 +18,24 @@ from toolchain.gateway.failures import ApiError
 
 HEAD_S = 15.0
 """From a connection's beginning, or a request's first byte, to the end of its head."""
+_HEAD_BYTES = 64 * 1024
+"""Of a request's head, where uvicorn is not told."""
+
+
+class Pieces(h11.Connection):
+    """Writes a piece of an answer of unknown length itself, in less than half the time: h11 follows its states for each
+    one, which does not change them.
+    """
+
+    _in_pieces = False
+
+    def send(self, event: h11.Event) -> bytes | None:  # type: ignore[override]
+        if self._in_pieces and type(event) is h11.Data and event.data and self.our_state is h11.SEND_BODY:
+            return b"%x\r\n%b\r\n" % (len(event.data), event.data)
+        found = super().send(event)
+        if type(event) is h11.Response:
+            self._in_pieces = b"\r\ntransfer-encoding: chunked\r\n" in (found or b"").lower()
+        return found
 
 
 class Patient(H11Protocol):
@@ -27,6 +45,7 @@ class Patient(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.conn = Pieces(h11.SERVER, self.config.h11_max_incomplete_event_size or _HEAD_BYTES)
         self._head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
