@@ -24,7 +24,7 @@ from toolchain.stages.conformance import Beside, conformance
 
 pytestmark = pytest.mark.timeout(180)
 CLIENTS = 8
-TOKENS = 600
+TOKENS = 2000
 SHORT: dict[str, Any] = {"prompt": CAPITAL, "max_tokens": 60, "temperature": 0}
 ALIKE: list[dict[str, Any]] = [
     {"prompt": CAPITAL, "max_tokens": 60, "temperature": 0, "logprobs": 1},

@@ -32,6 +32,7 @@ import openvino_genai as genai
 from drafting import Count, Drafting
 from grammar import grammar
 from pipeline import open_pipeline
+from reading import Reading
 
 _PR_SET_PDEATHSIG = 1
 """linux/prctl.h: the signal that this process gets when its parent dies."""
@@ -64,6 +65,9 @@ class Engine:
         self._waiting: deque[tuple[int, bytes, dict[str, Any]]] = deque()
         self._running: dict[int, tuple[Any, dict[str, Any]]] = {}
         self._sequences = 0
+        self._reading = Reading(reused=scheduler.enable_prefix_caching)
+        self._unwanted: set[int] = set()
+        """Cancelled while their prompts are read."""
 
     @property
     def busy(self) -> bool:
@@ -83,7 +87,10 @@ class Engine:
         self._waiting.append((key, ids, options))
 
     def cancel(self, key: int) -> None:
-        """Forget a request. Its blocks are freed in the next step; no event follows."""
+        """Forget a request. Its blocks are freed in the step after its prompt has been read; no event follows."""
+        if key in self._reading:
+            self._unwanted.add(key)
+            return
         entry = self._running.pop(key, None)
         count = self._counts.pop(key, None)
         self._leaving += count.blocks if count else 0
@@ -111,7 +118,7 @@ class Engine:
 
     def _start_waiting(self) -> list[tuple[Any, ...]]:
         events: list[tuple[Any, ...]] = []
-        while self._waiting and self._has_room(*self._waiting[0]):
+        while self._waiting and self._has_room(*self._waiting[0]) and self._reading.may_begin(self._waiting[0][1]):
             key, ids, options = self._waiting.popleft()
             try:
                 prompt = ov.Tensor(np.frombuffer(ids, dtype=np.int64).reshape(1, -1) + self._shift(options))
@@ -120,6 +127,7 @@ class Engine:
                 events.append((key, 0, [], None, "error", str(error)))
                 continue
             self._running[key] = (handle, options)
+            self._reading.begin(key, ids)
             if self._drafting:
                 self._counts[key] = Count(self._drafting, len(ids) // 8, options["max_new_tokens"])
             self._sequences += _width(options)
@@ -172,6 +180,12 @@ class Engine:
                 ids.extend(token - shift for token in output.generated_ids)
                 probabilities.extend(output.generated_log_probs)
                 rows[row] = (ids, probabilities, output.finish_reason)
+        if rows or status != _RUNNING:
+            self._reading.over(key)
+        if key in self._unwanted and key not in self._reading:
+            self._unwanted.discard(key)
+            self.cancel(key)
+            return []
         told = self._count(key, sum(len(ids) for ids, _logs, _reason in rows.values()))
         if status == _RUNNING:
             return [(key, row, *_tokens(ids, logs, options), None, told) for row, (ids, logs, _) in rows.items() if ids]
