@@ -43,6 +43,10 @@ scalellm_fleet_waiting_requests {waiting}
 """
 
 
+class _StuckError(UpstreamError):
+    """The answer was lost, and nobody can go on with it in the middle."""
+
+
 class _MovedError(UpstreamError):
     """New requests go to another lane by now, and this one has nobody left."""
 
@@ -183,7 +187,9 @@ class Fleet:
                 await asyncio.sleep(_POLL_S)
 
     async def follow(self, lane: str, ask: wire.Ask, answer: TextAnswer) -> AsyncGenerator[dict[str, Any], None]:
-        """The events of one answer; asked again where Dynamo has given it up, with the tokens so far."""
+        """The events of one answer; asked again where Dynamo has given it up, with the tokens so far, or from its start
+        where it cannot be continued and its client has seen nothing.
+        """
         loop = asyncio.get_running_loop()
         full_until, lost = loop.time() + self._queue_s, 0
         nobody_since = loop.time()
@@ -208,7 +214,7 @@ class Fleet:
                     told = not seen.taken
                     patience_s = self._traffic.course.patience_s(self._timeouts.patience_s)
                     given_up = lost >= _ATTEMPTS or loop.time() - nobody_since > patience_s
-                    if given_up or (answer.ids and not ask.can_continue):
+                    if given_up or not _goes_on(error, ask, answer):
                         raise _lost(error, answer, lost) from None
                 except ApiError as error:
                     if error.status != 429 or loop.time() > full_until:
@@ -229,7 +235,7 @@ class Fleet:
         async with contextlib.aclosing(self._routes.items(lane, rest)) as items:
             async for item in items:
                 if refused := wire.refused(item):
-                    raise _refusal(refused)
+                    raise _StuckError(refused["message"]) if wire.is_stuck(refused) else _refusal(refused)
                 seen.see(item)
                 answer.metrics.update(wire.metrics_of(item))
                 if item.get("token_ids"):
@@ -269,6 +275,16 @@ def engines(plane: Plane, texts: Texts, room: int, meter: Meter | None = None, v
     """The same for replicas that nobody steers: all requests go to the lane of the plane. ``room``: of all together."""
     lane = Lane(plane.endpoint, texts, room)
     return steered(plane, Traffic(Course({lane.name: lane}, lane.name)), meter, view)
+
+
+def _goes_on(error: UpstreamError, ask: wire.Ask, answer: TextAnswer) -> bool:
+    """Whether an answer that was lost can be asked for again; it is emptied where it must be from the beginning."""
+    if not answer.ids or (ask.can_continue and not isinstance(error, _StuckError)):
+        return True
+    if not answer.told:
+        answer.begin()
+        return True
+    return False
 
 
 def _refusal(told: Mapping[str, Any]) -> ApiError:

@@ -6,7 +6,8 @@ so that an answer can go on elsewhere in the middle of a character. It knows not
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,25 +124,40 @@ class Texts:
     def answer(self, ask: Ask, index: int, inputs: Mapping[str, Any]) -> TextAnswer:
         """What becomes of the ids of an Ask, which is the ``index``-th of ``asks(inputs)``."""
         stops = [str(one) for one in listed(inputs.get("stop_words")) if one]
-        growing = self._shared["answers"].Answer(self._tokenizer, self._anchor, stops, self._parameters.skip_special)
+        make, skip = self._shared["answers"].Answer, self._parameters.skip_special
         streaming = bool(_one(inputs, "stream", False))
         told = bool(_one(inputs, "exclude_input_in_output", self._parameters.exclude_input))
         before = "" if told or streaming else self._tokenizer.decode(list(ask.ids))
-        return TextAnswer(growing, ask, index, streaming=streaming, before=before)
+        made = functools.partial(make, self._tokenizer, self._anchor, stops, skip)
+        return TextAnswer(made, ask, index, streaming=streaming, before=before)
 
 
 class TextAnswer:
     """One answer while it grows: ids in, events of ``tensorrt_llm_bls`` out."""
 
-    def __init__(self, growing: Any, ask: Ask, index: int, *, streaming: bool = True, before: str = "") -> None:
-        """``growing``: an ``answers.Answer``; ``before``: the text in front of an answer that is given as a whole."""
-        self._growing, self._ask, self.index = growing, ask, index
+    def __init__(
+        self, make: Callable[[], Any], ask: Ask, index: int, *, streaming: bool = True, before: str = ""
+    ) -> None:
+        """``make``: an empty ``answers.Answer``; ``before``: the text in front of an answer that is given as a whole."""
+        self._make, self._ask, self.index = make, ask, index
         self._streaming, self._before = streaming, before
-        self._logs_sum = 0.0
         self.metrics: Event = {}
         """What its engine last said of drafts, cache and times."""
         self.ids: list[int] = []
         """So far."""
+        self.begin()
+
+    def begin(self) -> None:
+        """Empty, also where it was begun before."""
+        self._growing = self._make()
+        self._logs_sum = 0.0
+        self.metrics.clear()
+        self.ids.clear()
+
+    @property
+    def told(self) -> bool:
+        """Whether its client may have seen a part of it."""
+        return self._streaming and bool(self.ids)
 
     @property
     def stopped(self) -> bool:

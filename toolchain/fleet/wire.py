@@ -18,6 +18,7 @@ from typing import Any
 Item = dict[str, Any]
 _GUIDED = ("guided_decoding_guide_type", "guided_decoding_guide")
 _METRICS = "return_perf_metrics"
+_STUCK = "cannot_continue"
 _TOLD = {"id", "model_name", "model_version", "output_ids", "sequence_length", "output_log_probs", "cum_log_probs"}
 _TOLD |= {"batch_index", "sequence_index", "num_input_tokens", "num_output_tokens"}
 """Of an event of ``tensorrt_llm``: what is no metric."""
@@ -151,6 +152,16 @@ def refusal(status: int, message: str, param: str | None = None, code: str | Non
     """The engine does not take this request; no other one would, or (429) it has no room."""
     told = {"status": status, "message": message, "param": param, "code": code}
     return {"token_ids": [], "finish_reason": "stop", "extra_args": {"refusal": told}}
+
+
+def stuck(message: str) -> Item:
+    """No engine can go on with this answer where it was lost; from its beginning one can."""
+    return refusal(502, f"the engine was lost, and the answer cannot be continued: {message}", code=_STUCK)
+
+
+def is_stuck(told: Mapping[str, Any]) -> bool:
+    """Whether what is ``refused`` was ``stuck``."""
+    return bool(told["code"] == _STUCK)
 
 
 def refused(found: Mapping[str, Any]) -> dict[str, Any] | None:

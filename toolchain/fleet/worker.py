@@ -29,7 +29,7 @@ from toolchain.gateway.settings import Timeouts, Upstream
 from toolchain.gateway.triton import Flow, Triton
 
 ENGINE_MODEL = "tensorrt_llm"
-_PROBE = {"input_ids": [1], "input_lengths": 1, "request_output_len": 1, "streaming": False}
+_PROBE = {"input_ids": [1, 1], "input_lengths": 2, "request_output_len": 1, "streaming": False}
 _LOOK_DOWN_S = 0.3
 """Between two looks at a Triton that is down."""
 _LOOK_UP_S = 5.0
@@ -113,7 +113,7 @@ class Adapter:
         """The items of one answer; the last one has a finish reason. Raises LostError."""
         ask = wire.ask_of(found)
         if ask.so_far and not ask.can_continue:
-            yield wire.refusal(502, "the engine was lost, and an answer that follows a guide cannot be continued")
+            yield wire.stuck("it follows a guide")
             return
         self.running += 1
         self.requests += 1
@@ -123,7 +123,8 @@ class Adapter:
             async for item in self._items(ask, events, context):
                 yield item
         except ApiError as error:
-            yield wire.refusal(error.status, error.message, error.param, error.code)
+            # it was taken once, so this is no mistake of the client's: with the tokens so far it is too long a prompt
+            yield wire.stuck(error.message) if ask.so_far else _refusal(error)
         except BusyError as error:
             yield wire.refusal(429, str(error))
         except UpstreamError as error:
@@ -232,6 +233,10 @@ class Adapter:
                         await self.doubt.wait()
             else:
                 await asyncio.sleep(_LOOK_DOWN_S)
+
+
+def _refusal(error: ApiError) -> wire.Item:
+    return wire.refusal(error.status, error.message, error.param, error.code)
 
 
 def _quiet_s(triton: Triton) -> float:
