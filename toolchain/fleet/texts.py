@@ -138,7 +138,7 @@ class TextAnswer:
     def __init__(
         self, make: Callable[[], Any], ask: Ask, index: int, *, streaming: bool = True, before: str = ""
     ) -> None:
-        """``make``: an empty ``answers.Answer``; ``before``: the text in front of an answer that is given as a whole."""
+        """``make``: an empty ``answers.Answer``; ``before``: the text in front of an answer given as a whole."""
         self._make, self._ask, self.index = make, ask, index
         self._streaming, self._before = streaming, before
         self.metrics: Event = {}
