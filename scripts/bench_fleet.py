@@ -10,8 +10,11 @@ Asked in turn, ``rounds`` times, in an order that changes, with greedy streams o
     gateway   OpenAI's completions at the gateway over the two Tritons
     openai    the same at the endpoint
 
-The client is the same for all, and a process of the same machine. ``cpu_us_per_token`` is CPU time by process, which
-hardly depends on what else the machine does; wall time does. ``idle_cpu_percent`` is of one core, with nobody asking.
+Every stream has a prompt of its own. ``ttft_p50_ms`` is of streams that all begin at the same moment,
+``ttft_joining_p50_ms`` of short requests that come one by one while streams run (two fewer: each Triton has a place
+left). The client is the same for all, and a process of the same machine. ``cpu_us_per_token`` is CPU time by process,
+which hardly depends on what else the machine does; wall time does. ``idle_cpu_percent`` is of one core, with nobody
+asking.
 
 Then each part of a replica is killed under 16 streams. Prints one JSON object; figures are of this machine, compare
 them by their ratios, which are of rounds next to each other: median, and the interval of a bootstrap over the rounds.
@@ -32,7 +35,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,11 +50,17 @@ from toolchain.running import Place
 from toolchain.servers.triton.ports import free_ports
 
 PROMPT = "Once upon a time there was"
+JOINING = 8
+"""Short requests that come while the streams run, one after the other."""
 NAME, BLS = "bench", "tensorrt_llm_bls"
 FELT_UNDER = 16
 _READY_S = 120.0
 _RESAMPLES = 10_000
 _SETTLE_S, _IDLE_S = 0.3, 10.0
+_LEFT_S = 1.5
+"""Until the Tritons have noticed whose client has gone."""
+_LONG = 1500
+_TIMES = ("ttft_p50_ms", "ttft_joining_p50_ms")
 _PAIRS = (("triton", "fleet"), ("gateway", "openai"))
 _RETURNS = ("worker SIGKILL", "triton SIGKILL", "stub SIGKILL")
 """Kills after which what was killed must be there again."""
@@ -74,10 +83,10 @@ class Target:
     urls: tuple[str, ...]
     kserve: bool
 
-    def body(self, tokens: int) -> dict[str, Any]:
+    def body(self, tokens: int, prompt: str) -> dict[str, Any]:
         if self.kserve:
-            return {"text_input": PROMPT, "max_tokens": tokens, "min_tokens": tokens, "stream": True}
-        asked = {"model": NAME, "prompt": PROMPT, "max_tokens": tokens, "min_tokens": tokens}
+            return {"text_input": prompt, "max_tokens": tokens, "min_tokens": tokens, "stream": True}
+        asked = {"model": NAME, "prompt": prompt, "max_tokens": tokens, "min_tokens": tokens}
         return {**asked, "temperature": 0, "stream": True}
 
     def text(self, event: Mapping[str, Any]) -> str:
@@ -85,12 +94,17 @@ class Target:
 
 
 async def stream(
-    session: aiohttp.ClientSession, target: Target, url: str, tokens: int, begun: Callable[[], object] = lambda: None
+    session: aiohttp.ClientSession,
+    target: Target,
+    url: str,
+    tokens: int,
+    begun: Callable[[], object] = lambda: None,
+    prompt: str = PROMPT,
 ) -> Stream:
     """One greedy answer of exactly ``tokens`` tokens. RuntimeError where it fails."""
     start = last = time.perf_counter()
     times, text = [], ""
-    async for event in _events(session, url, target.body(tokens)):
+    async for event in _events(session, url, target.body(tokens, prompt)):
         if "error" in event:
             raise RuntimeError(str(event["error"]))
         now = time.perf_counter()
@@ -136,17 +150,37 @@ def together(
 ) -> dict[str, Any]:
     """Median time to the first token, tokens a second over all of them, and CPU time a token by process."""
 
+    def asked(number: int, count: int, begun: Callable[[], object] = lambda: None) -> Coroutine[Any, Any, Stream]:
+        url = target.urls[number % len(target.urls)]
+        return stream(session, target, url, count, begun, f"{number}. {PROMPT}")
+
     async def all_of_them() -> list[Stream]:
-        urls = (target.urls[number % len(target.urls)] for number in range(streams))
-        return await asyncio.gather(*(stream(session, target, url, tokens) for url in urls))
+        return await asyncio.gather(*(asked(number, tokens) for number in range(streams)))
+
+    async def joining() -> list[Stream]:
+        """Others of them; the streams are told to go on for long enough, and are left when the last has come."""
+        running = [asyncio.Event() for _ in range(streams - 2)]
+        works = [asyncio.create_task(asked(number, _LONG, one.set)) for number, one in enumerate(running)]
+        for one in running:
+            await one.wait()
+        found = [await asked(streams + number, 2) for number in range(JOINING)]
+        if any(one.done() for one in works):
+            raise SystemExit("a stream ended while others were to join it")
+        for one in works:
+            one.cancel()
+        await asyncio.gather(*works, return_exceptions=True)
+        return found
 
     before, begun = cpu_seconds(names), time.perf_counter()
     found = runner.run(all_of_them())
     seconds = time.perf_counter() - begun
     time.sleep(_SETTLE_S)
     used = cpu_seconds(names) - before
+    joined = runner.run(joining())
+    time.sleep(_LEFT_S)
     return {
         "ttft_p50_ms": statistics.median(one.ttft_s for one in found) * 1000,
+        "ttft_joining_p50_ms": statistics.median(one.ttft_s for one in joined) * 1000,
         "tokens_per_s": streams * tokens / seconds,
         "cpu_us_per_token": {part: cpu_s * 1e6 / streams / tokens for part, cpu_s in used.items()},
     }
@@ -172,7 +206,10 @@ def cost(
         pairs = list(zip(runs[plain], runs[ours], strict=True))
         found[f"{ours} against {plain}"] = {
             "tokens_per_s_ratio": interval([two["tokens_per_s"] / one["tokens_per_s"] for one, two in pairs]),
-            "ttft_p50_added_ms": interval([two["ttft_p50_ms"] - one["ttft_p50_ms"] for one, two in pairs]),
+            **{
+                f"{key.removesuffix('_ms')}_added_ms": interval([two[key] - one[key] for one, two in pairs])
+                for key in _TIMES
+            },
         }
     return found
 
@@ -182,7 +219,7 @@ def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     used = sum((Counter(run["cpu_us_per_token"]) for run in runs), Counter())
     parts = {part: round(us / len(runs), 1) for part, us in used.most_common()}
     return {
-        **{key: statistics.median(run[key] for run in runs) for key in ("ttft_p50_ms", "tokens_per_s")},
+        **{key: statistics.median(run[key] for run in runs) for key in (*_TIMES, "tokens_per_s")},
         "cpu_us_per_token": {**parts, "all": round(sum(parts.values()), 1)},
     }
 
