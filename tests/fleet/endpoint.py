@@ -22,12 +22,12 @@ from tests.conftest import ROOT, unused_ports
 from tests.e2e.served import Served
 from tests.gateway.behind_gateway import Gateway, settings_for
 from toolchain import runner
-from toolchain.fleet.front import engines
-from toolchain.fleet.membership import TOKENIZER
-from toolchain.fleet.meter import Meter
+from toolchain.fleet.front.front import engines
+from toolchain.fleet.front.meter import Meter
+from toolchain.fleet.front.texts import Parameters, Texts
 from toolchain.fleet.plane import Plane
-from toolchain.fleet.texts import Parameters, Texts
-from toolchain.fleet.worker import Spec
+from toolchain.fleet.worker.membership import TOKENIZER
+from toolchain.fleet.worker.worker import Spec
 from toolchain.gateway.logs import Log
 from toolchain.gateway.run import Listen, background
 from toolchain.ledger.book import FILE, Ledger

@@ -14,12 +14,12 @@ from typing import Any
 
 from tests.gateway.behind_gateway import settings_for
 from toolchain.errors import EndpointError
-from toolchain.fleet import door, packages
 from toolchain.fleet.board import Board
-from toolchain.fleet.front import engines
-from toolchain.fleet.membership import TOKENIZER, checked_passport, identity
-from toolchain.fleet.network import Addresses, Guests, serving
-from toolchain.fleet.texts import Parameters, Texts
+from toolchain.fleet.front.front import engines
+from toolchain.fleet.front.texts import Parameters, Texts
+from toolchain.fleet.hosts import door, packages
+from toolchain.fleet.hosts.network import Addresses, Guests, serving
+from toolchain.fleet.worker.membership import TOKENIZER, checked_passport, identity
 from toolchain.gateway.logs import Log
 from toolchain.gateway.run import Listen, background
 from toolchain.registry import Folder

@@ -14,8 +14,8 @@ from typing import Any, Self
 from tests.conftest import unused_ports
 from tests.gateway.behind_gateway import Gateway
 from toolchain.fleet.board import FolderBoard
-from toolchain.fleet.meter import Meter
-from toolchain.fleet.view import EVENTS, View
+from toolchain.fleet.front.meter import Meter
+from toolchain.fleet.front.view import EVENTS, View
 from toolchain.gateway.engines import AnswerFlow, Relayed
 from toolchain.gateway.failures import unavailable
 from toolchain.gateway.fleet_status import FleetStatus

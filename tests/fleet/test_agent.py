@@ -11,8 +11,8 @@ import pytest
 
 from tests.fleet.endpoint import until
 from toolchain.errors import EndpointError, ScalellmError
-from toolchain.fleet.agent import Agent, Node
 from toolchain.fleet.board import FolderBoard
+from toolchain.fleet.node.agent import Agent, Node
 
 VERSIONS = [{"version": 1}, {"version": 2}]
 

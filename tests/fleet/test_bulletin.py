@@ -6,8 +6,8 @@ import asyncio
 import json
 from pathlib import Path
 
-from toolchain.fleet.bulletin import Bulletin, of_engine
-from toolchain.fleet.worker import Adapter, make_triton
+from toolchain.fleet.worker.bulletin import Bulletin, of_engine
+from toolchain.fleet.worker.worker import Adapter, make_triton
 from toolchain.gateway.settings import Timeouts
 from toolchain.gateway.triton import make_session
 

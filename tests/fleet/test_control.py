@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolchain.fleet.control import decide
-from toolchain.fleet.rounds import Decision, Event, Memory, Wish
-from toolchain.fleet.scaling import Load, Scale
-from toolchain.fleet.seats import Machine, Offers, Seat, Share
-from toolchain.fleet.sight import NodeSeen, Told
+from toolchain.fleet.control.decisions import decide
+from toolchain.fleet.control.rounds import Decision, Event, Memory, Wish
+from toolchain.fleet.control.scaling import Load, Scale
+from toolchain.fleet.control.seats import Machine, Offers, Seat, Share
+from toolchain.fleet.control.sight import NodeSeen, Told
 
 BAD = 100
 """Versions from here on never become ready."""

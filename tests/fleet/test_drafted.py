@@ -14,10 +14,10 @@ from tests.e2e.parrot import SENTENCES
 from tests.e2e.test_speculation import QUALITIES, TOKENS, Pair, expected, serving
 from tests.fleet.test_worker import Client
 from toolchain.fleet import wire
-from toolchain.fleet.dialect import dialect
-from toolchain.fleet.drafted import Drafted
-from toolchain.fleet.texts import Parameters, Texts
-from toolchain.fleet.worker import Adapter, make_triton
+from toolchain.fleet.front.texts import Parameters, Texts
+from toolchain.fleet.worker.dialect import dialect
+from toolchain.fleet.worker.drafted import Drafted
+from toolchain.fleet.worker.worker import Adapter, make_triton
 from toolchain.gateway.failures import ApiError
 from toolchain.gateway.settings import Timeouts
 from toolchain.gateway.triton import make_session

@@ -20,9 +20,9 @@ from tests.gateway.behind_gateway import settings_for
 from tests.gateway.test_dashboards import PROMETHEUS_OWN, used
 from toolchain.exports import dashboards, monitoring
 from toolchain.fleet.deployment import Deployment
-from toolchain.fleet.front import steered
+from toolchain.fleet.front.front import steered
+from toolchain.fleet.front.traffic import Course, Lane, Traffic
 from toolchain.fleet.plane import Plane
-from toolchain.fleet.traffic import Course, Lane, Traffic
 from toolchain.gateway.logs import Log
 from toolchain.gateway.run import Listen, background
 

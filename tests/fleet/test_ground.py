@@ -10,10 +10,10 @@ import pytest
 from tests.conftest import unused_ports
 from tests.fleet.endpoint import until
 from toolchain.errors import ToolError
-from toolchain.fleet import packages, servers
 from toolchain.fleet.board import Board
 from toolchain.fleet.deployment import Deployment, Network, Replicas
-from toolchain.fleet.network import Guests
+from toolchain.fleet.hosts import packages, servers
+from toolchain.fleet.hosts.network import Guests
 from toolchain.progress import Silent
 from toolchain.stages import deploy
 

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from toolchain.errors import EndpointError, RecipeError, RejectedError
-from toolchain.fleet import asking
 from toolchain.fleet.board import FolderBoard
 from toolchain.fleet.deployment import Deployment, Replicas
-from toolchain.fleet.head import Head, Surroundings
-from toolchain.fleet.meter import Meter
-from toolchain.fleet.traffic import Course, Lane, Traffic
-from toolchain.fleet.versions import first_spec, resumed
+from toolchain.fleet.front.meter import Meter
+from toolchain.fleet.front.traffic import Course, Lane, Traffic
+from toolchain.fleet.head import asking
+from toolchain.fleet.head.head import Head, Surroundings
+from toolchain.fleet.head.versions import first_spec, resumed
 from toolchain.ledger.book import Ledger
 from toolchain.ledger.totals import usages
 

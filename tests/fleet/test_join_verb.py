@@ -20,11 +20,11 @@ from toolchain.cli import verbs
 from toolchain.cli.deploying import built
 from toolchain.cli.flags import open_screen
 from toolchain.errors import RecipeError, RejectedError, ToolError
-from toolchain.fleet import servers
 from toolchain.fleet.board import Board
-from toolchain.fleet.door import opened
-from toolchain.fleet.membership import checked_passport, identity
-from toolchain.fleet.network import Addresses, Guests, serving
+from toolchain.fleet.hosts import servers
+from toolchain.fleet.hosts.door import opened
+from toolchain.fleet.hosts.network import Addresses, Guests, serving
+from toolchain.fleet.worker.membership import checked_passport, identity
 from toolchain.progress import Silent
 
 NOTICE = "/latest/meta-data/spot/instance-action"

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from toolchain.errors import ArtifactError
 from toolchain.fleet import wire
-from toolchain.fleet.meter import Meter
-from toolchain.fleet.seats import Seat
+from toolchain.fleet.control.seats import Seat
+from toolchain.fleet.front.meter import Meter
 from toolchain.ledger.book import Ledger
 from toolchain.ledger.checking import verify
 from toolchain.ledger.record import Head, Usage

@@ -22,13 +22,13 @@ import pytest
 from tests.conftest import unused_ports
 from tests.fleet.endpoint import until
 from toolchain.errors import ArtifactError, EndpointError, RejectedError, ScalellmError, ToolError
-from toolchain.fleet import servers
-from toolchain.fleet.door import MOST_BYTES, Tries, opened
-from toolchain.fleet.joining import Membership, join, own_name
-from toolchain.fleet.network import Addresses, Guests, serving
+from toolchain.fleet.hosts import servers
+from toolchain.fleet.hosts.door import MOST_BYTES, Tries, opened
+from toolchain.fleet.hosts.joining import Membership, join, own_name
+from toolchain.fleet.hosts.network import Addresses, Guests, serving
+from toolchain.fleet.hosts.servers import Kept
+from toolchain.fleet.hosts.tokens import Token
 from toolchain.fleet.plane import Network, Plane
-from toolchain.fleet.servers import Kept
-from toolchain.fleet.tokens import Token
 from toolchain.fleet.trust import Authority, Identity, check_node_name
 from toolchain.progress import Silent
 

@@ -12,7 +12,7 @@ import pytest
 
 from toolchain import workspace
 from toolchain.errors import RecipeError
-from toolchain.fleet.notices import Notices, clouds
+from toolchain.fleet.node.notices import Notices, clouds
 
 
 class Metadata:

@@ -9,8 +9,8 @@ import pytest
 
 from toolchain import workspace
 from toolchain.errors import ArtifactError, RecipeError, RejectedError
-from toolchain.fleet import packages
 from toolchain.fleet.deployment import load_deployment
+from toolchain.fleet.hosts import packages
 from toolchain.pipeline.packing import check_code
 from toolchain.progress import Silent
 from toolchain.registry import Folder, Manifest

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from toolchain.device import prices as public_prices
-from toolchain.fleet.pricing import priced
+from toolchain.fleet.control.pricing import priced
 
 
 def price(prices: dict[str, float], **said: Any) -> Any:

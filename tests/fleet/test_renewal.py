@@ -17,12 +17,12 @@ from cryptography import x509
 from tests.conftest import unused_ports
 from tests.fleet.test_network import ask
 from toolchain.errors import EndpointError, RejectedError, ToolError
-from toolchain.fleet import servers
-from toolchain.fleet.door import opened
-from toolchain.fleet.joining import Membership, join, renew
-from toolchain.fleet.network import Addresses, Guests, serving
-from toolchain.fleet.renewal import left
-from toolchain.fleet.tokens import Token
+from toolchain.fleet.hosts import servers
+from toolchain.fleet.hosts.door import opened
+from toolchain.fleet.hosts.joining import Membership, join, renew
+from toolchain.fleet.hosts.network import Addresses, Guests, serving
+from toolchain.fleet.hosts.renewal import left
+from toolchain.fleet.hosts.tokens import Token
 from toolchain.fleet.trust import Authority, Identity, make_request
 from toolchain.progress import Silent
 from toolchain.stages.join import keep_certificate

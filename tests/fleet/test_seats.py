@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from tests.fleet.endpoint import until
 from tests.machines import bare, nvidia_smi, program
 from toolchain.errors import RecipeError
-from toolchain.fleet import alone
-from toolchain.fleet.agent import Maker
+from toolchain.fleet.control.seats import Machine, Seat, Share, offers_of
 from toolchain.fleet.deployment import MOST, Deployment, Replicas
-from toolchain.fleet.replica import Offer, Replica
-from toolchain.fleet.seats import Machine, Seat, Share, offers_of
+from toolchain.fleet.node import alone
+from toolchain.fleet.node.agent import Maker
+from toolchain.fleet.node.replica import Offer, Replica
 from toolchain.progress import Silent
 
 GPUS = "\n".join(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.fleet.test_control import ONE, PAIR, THREE, TWO, World, promises, wish
-from toolchain.fleet.seats import Machine, Offers, Share
+from toolchain.fleet.control.seats import Machine, Offers, Share
 
 
 def gpu_world(most: int, gpus: int = 1, shares: dict[int, Share] | None = None, **changes: Any) -> World:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from toolchain.errors import RejectedError
-from toolchain.fleet.tokens import Token, Tokens, seconds_of
+from toolchain.fleet.hosts.tokens import Token, Tokens, seconds_of
 from toolchain.fleet.trust import HEAD, SERVER, Authority, Identity, fingerprint, make_request
 
 cryptography = pytest.importorskip("cryptography", reason="the extra fleet is not installed")

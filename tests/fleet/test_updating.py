@@ -17,9 +17,9 @@ from toolchain import running
 from toolchain.cli import verbs
 from toolchain.errors import RecipeError
 from toolchain.fleet.deployment import Deployment, load_deployment
-from toolchain.fleet.front import Fleet
+from toolchain.fleet.front.front import Fleet
+from toolchain.fleet.head.versions import version_of
 from toolchain.fleet.plane import Plane
-from toolchain.fleet.versions import version_of
 from toolchain.gateway.failures import ApiError
 from toolchain.gateway.service import Service
 from toolchain.gateway.settings import Limits

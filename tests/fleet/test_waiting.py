@@ -18,11 +18,11 @@ from tests.fleet.endpoint import ENDPOINT, Endpoint, until
 from tests.fleet.test_failover import stream
 from tests.fleet.test_head import Scene
 from tests.gateway.behind_gateway import settings_for
-from toolchain.fleet.front import Fleet, steered
-from toolchain.fleet.membership import TOKENIZER
+from toolchain.fleet.front.front import Fleet, steered
+from toolchain.fleet.front.texts import Parameters, Texts
+from toolchain.fleet.front.traffic import Course, Lane, Traffic
 from toolchain.fleet.plane import Plane
-from toolchain.fleet.texts import Parameters, Texts
-from toolchain.fleet.traffic import Course, Lane, Traffic
+from toolchain.fleet.worker.membership import TOKENIZER
 from toolchain.gateway.logs import Log
 from toolchain.gateway.run import Listen, background
 from toolchain.gateway.service import Service

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 
 from tests.e2e.parrot import SENTENCES
 from toolchain.fleet import wire
-from toolchain.fleet.dialect import dialect
-from toolchain.fleet.texts import Parameters, Texts
+from toolchain.fleet.front.texts import Parameters, Texts
+from toolchain.fleet.worker.dialect import dialect
 from toolchain.gateway.failures import ApiError
 
 PARAMETERS = Parameters(max_input_len=200, vocab_size=400)

@@ -12,8 +12,8 @@ import pytest
 from aiohttp import web
 
 from toolchain.fleet import wire
-from toolchain.fleet.pieces import APART_S, Waiting
-from toolchain.fleet.worker import Adapter, LostError, make_triton
+from toolchain.fleet.worker.pieces import APART_S, Waiting
+from toolchain.fleet.worker.worker import Adapter, LostError, make_triton
 from toolchain.gateway.settings import Timeouts
 from toolchain.gateway.triton import make_session
 

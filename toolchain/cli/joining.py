@@ -10,7 +10,7 @@ import click
 from toolchain.cli.flags import common, complete_recipe, open_screen, work_flag
 
 if TYPE_CHECKING:
-    from toolchain.fleet.seats import Share
+    from toolchain.fleet.control.seats import Share
 
 
 @click.command()
@@ -28,8 +28,8 @@ def token(endpoint: str, expires: str, uses: int, work: Path, json_output: bool,
     Example:
       scalellm deploy token my-llama --expires 1h
     """
-    from toolchain.fleet.network import Guests
-    from toolchain.fleet.tokens import seconds_of
+    from toolchain.fleet.hosts.network import Guests
+    from toolchain.fleet.hosts.tokens import seconds_of
     from toolchain.stages.deploy import Place
 
     screen = open_screen(json_output, verbose)
@@ -74,11 +74,11 @@ def join(text: str, work: Path, json_output: bool, verbose: int, **flags: Any) -
       scalellm deploy join TOKEN
       scalellm deploy join TOKEN --spot aws --price-per-hour 0.31
     """
-    from toolchain.fleet import joining
-    from toolchain.fleet.agent import Node
-    from toolchain.fleet.notices import Notices
+    from toolchain.fleet.hosts import joining
+    from toolchain.fleet.hosts.tokens import Token
+    from toolchain.fleet.node.agent import Node
+    from toolchain.fleet.node.notices import Notices
     from toolchain.fleet.plane import require
-    from toolchain.fleet.tokens import Token
     from toolchain.stages import join as stage
 
     screen = open_screen(json_output, verbose)
@@ -127,7 +127,7 @@ def revoke(endpoint: str, node: str, work: Path, json_output: bool, verbose: int
     Example:
       scalellm deploy revoke my-llama gpu-7
     """
-    from toolchain.fleet.network import Guests
+    from toolchain.fleet.hosts.network import Guests
     from toolchain.stages.deploy import Place
 
     screen = open_screen(json_output, verbose)
@@ -152,7 +152,7 @@ def _building(screen: Any, recipe: str, work: Path) -> tuple[Any, Share]:
     replica of it takes.
     """
     from toolchain.cli.deploying import built
-    from toolchain.fleet.versions import share_of
+    from toolchain.fleet.head.versions import share_of
 
     repository = built(screen, recipe, work)
     return lambda _version, _replica: repository, share_of(repository)

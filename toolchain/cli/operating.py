@@ -114,7 +114,7 @@ def logs(endpoint: str, replica: str | None, follow: bool, work: Path, json_outp
       scalellm deploy logs my-llama --replica r3
     """
     from toolchain import runner
-    from toolchain.fleet import asking
+    from toolchain.fleet.head import asking
     from toolchain.stages import deploy as stage
 
     screen = open_screen(json_output, verbose)

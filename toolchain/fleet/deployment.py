@@ -90,7 +90,7 @@ class Deployment(Section):
     """Ask each replica the conformance suite before it takes requests."""
     prices: dict[Text, Usd] = Field(default_factory=dict)
     """US dollars per GPU and hour, per machine where there is no GPU, by device or by ``provider/device``; see
-    ``pricing``.
+    ``control.pricing``.
     """
     max_price_per_hour: Annotated[float, Field(gt=0)] | None = None
     """US dollars, of all nodes that run a replica; a node whose price is not known runs none then."""

@@ -1,5 +1,6 @@
 """What a gateway needs of the engines behind it, whichever way leads there: ``pool.Pool`` asks Tritons over HTTP,
-``fleet.front.Fleet`` asks the replicas of an endpoint over NVIDIA Dynamo. Events are those of ``tensorrt_llm_bls``.
+``fleet.front.front.Fleet`` asks the replicas of an endpoint over NVIDIA Dynamo. Events are those of
+``tensorrt_llm_bls``.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """What ``GET /status`` says of an endpoint over several replicas: its nodes, their replicas, what it costs, what
-happened. Shapes alone; ``fleet.view`` fills them in.
+happened. Shapes alone; ``fleet.front.view`` fills them in.
 """
 
 from __future__ import annotations

@@ -19,13 +19,13 @@ from toolchain.progress import Progress
 from toolchain.signals import ending_sets
 
 if TYPE_CHECKING:
-    from toolchain.fleet.agent import Agent
     from toolchain.fleet.board import Board, FolderBoard
     from toolchain.fleet.deployment import Deployment
-    from toolchain.fleet.head import Head, Version
+    from toolchain.fleet.head.head import Head, Version
+    from toolchain.fleet.head.versions import ModelOf
+    from toolchain.fleet.node.agent import Agent
+    from toolchain.fleet.node.replica import Check
     from toolchain.fleet.plane import Plane
-    from toolchain.fleet.replica import Check
-    from toolchain.fleet.versions import ModelOf
     from toolchain.gateway.service import MakeEngines
 
 NODE = "local"
@@ -54,7 +54,7 @@ class Place:
     @property
     def events(self) -> Path:
         """What has happened, a JSON object a line."""
-        from toolchain.fleet.head import EVENTS
+        from toolchain.fleet.head.head import EVENTS
 
         return self.folder / EVENTS
 
@@ -148,9 +148,9 @@ def local(
     ``asked``; a second one ends the drain. ``check`` is asked of a server before its worker starts, while its version
     is on trial or where the deployment wants that. Raises ScalellmError.
     """
-    from toolchain.fleet import alone
+    from toolchain.fleet.head.versions import version_of
+    from toolchain.fleet.node import alone
     from toolchain.fleet.plane import require
-    from toolchain.fleet.versions import version_of
 
     require()
     runs = EndpointError(
@@ -177,13 +177,13 @@ def _opened(
     check: Check | None,
     model_of: ModelOf | None,
 ) -> Iterator[Local]:
-    from toolchain.fleet.front import steered
-    from toolchain.fleet.ground import ground
-    from toolchain.fleet.head import Head, Surroundings
-    from toolchain.fleet.meter import Meter
-    from toolchain.fleet.traffic import Traffic
-    from toolchain.fleet.versions import lane_of, resumed
-    from toolchain.fleet.view import View
+    from toolchain.fleet.front.front import steered
+    from toolchain.fleet.front.meter import Meter
+    from toolchain.fleet.front.traffic import Traffic
+    from toolchain.fleet.front.view import View
+    from toolchain.fleet.head.ground import ground
+    from toolchain.fleet.head.head import Head, Surroundings
+    from toolchain.fleet.head.versions import lane_of, resumed
     from toolchain.ledger.book import FILE, Ledger
 
     with ground(deployment, place.folder, progress) as (board, plane):
@@ -213,9 +213,9 @@ def _agent(
     version: Version, place: Place, board: Board, plane: Plane, progress: Progress, check: Check | None
 ) -> Agent:
     """This machine as a node, which the board knows from now on."""
-    from toolchain.fleet import alone
-    from toolchain.fleet.agent import Agent, Maker, Node
-    from toolchain.fleet.versions import provided
+    from toolchain.fleet.head.versions import provided
+    from toolchain.fleet.node import alone
+    from toolchain.fleet.node.agent import Agent, Maker, Node
 
     device, gpus = alone.gpus_of(version)
     maker = Maker(place.folder, str(plane.folder), provided, progress=progress, check=check, gpus=gpus)
@@ -246,7 +246,7 @@ def _plain(replica: Mapping[str, Any]) -> dict[str, Any]:
 
 def ask(place: Place, what: Mapping[str, Any]) -> dict[str, Any]:
     """Ask a running endpoint's head. Raises ScalellmError for what it refuses."""
-    from toolchain.fleet import asking
+    from toolchain.fleet.head import asking
 
     if place.read() is None:
         raise EndpointError(f"the endpoint {place.folder.name} does not run here", hint="scalellm deploy status")
@@ -265,8 +265,9 @@ def update(
     """Replace what a running endpoint runs, and wait until that is done. -> the new version's number. Raises
     RejectedError where it was given up and the old one stays.
     """
-    from toolchain.fleet import alone, asking, versions
-    from toolchain.fleet.seats import Machine
+    from toolchain.fleet.control.seats import Machine
+    from toolchain.fleet.head import asking, versions
+    from toolchain.fleet.node import alone
 
     folder = place.folder / VERSIONS
     version = versions.version_of(deployment, repositories, folder, progress, allow_unverified=allow_unverified)

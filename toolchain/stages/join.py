@@ -19,10 +19,10 @@ from toolchain.registry import Manifest
 from toolchain.signals import ending_sets
 
 if TYPE_CHECKING:
-    from toolchain.fleet.agent import Node, Provide
-    from toolchain.fleet.joining import Membership
-    from toolchain.fleet.notices import Notices
-    from toolchain.fleet.replica import Check
+    from toolchain.fleet.hosts.joining import Membership
+    from toolchain.fleet.node.agent import Node, Provide
+    from toolchain.fleet.node.notices import Notices
+    from toolchain.fleet.node.replica import Check
 
 CPU = "cpu"
 _RENEW_S = 6 * 3600.0
@@ -49,7 +49,7 @@ def fetching(
 ) -> Provide:
     """Each version's package for this device, from ``registry`` or where the head says. Once for each version."""
     from toolchain.errors import ArtifactError
-    from toolchain.fleet import packages
+    from toolchain.fleet.hosts import packages
 
     one_at_a_time = threading.Lock()
 
@@ -81,7 +81,7 @@ def serve(
     everything at once. ``gpus``: the names of the node's, for CUDA. ``door``: where the node's certificate is renewed
     before it runs out. Raises ScalellmError.
     """
-    from toolchain.fleet.agent import Agent, Maker
+    from toolchain.fleet.node.agent import Agent, Maker
 
     asked = threading.Event()
     maker = Maker(membership.folder, str(membership.discovery), provide, progress=progress, check=check, gpus=gpus)
@@ -119,7 +119,7 @@ def keep_certificate(
     """Renews the node's certificate before it runs out, for new connections of ``context`` too, until ``until`` is set.
     What is connected stays so; workers that start later have the new one.
     """
-    from toolchain.fleet import joining
+    from toolchain.fleet.hosts import joining
 
     identity = membership.identity
     while not until.wait(every_s):

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from toolchain.fleet import wire
-from toolchain.fleet.dialect import SHARED, engine_names
+from toolchain.fleet.worker.dialect import SHARED, engine_names
 from toolchain.gateway.failures import UpstreamError, of_triton
 from toolchain.gateway.shared import load_together
 from toolchain.gateway.triton import Triton

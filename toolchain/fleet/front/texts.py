@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from toolchain.fleet.dialect import SHARED
 from toolchain.fleet.wire import Ask, listed
+from toolchain.fleet.worker.dialect import SHARED
 from toolchain.gateway.failures import refused
 from toolchain.gateway.shared import load_together
 

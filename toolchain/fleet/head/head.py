@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import EndpointError, RecipeError, ScalellmError
-from toolchain.fleet.agent import TTL_S
 from toolchain.fleet.board import Board
-from toolchain.fleet.control import decide
+from toolchain.fleet.control.decisions import decide
+from toolchain.fleet.control.pricing import priced
+from toolchain.fleet.control.rounds import Decision, Event, Memory, Wish
+from toolchain.fleet.control.scaling import Scale
+from toolchain.fleet.control.seats import Offers, Seat, offers_of
+from toolchain.fleet.control.sight import NodeSeen, Placement, Sight
 from toolchain.fleet.deployment import MOST
-from toolchain.fleet.meter import Meter
-from toolchain.fleet.pricing import priced
-from toolchain.fleet.rounds import Decision, Event, Memory, Wish
-from toolchain.fleet.scaling import Scale
-from toolchain.fleet.seats import Offers, Seat, offers_of
-from toolchain.fleet.sight import NodeSeen, Placement, Sight
-from toolchain.fleet.traffic import Course, Lane, Traffic
+from toolchain.fleet.front.meter import Meter
+from toolchain.fleet.front.traffic import Course, Lane, Traffic
+from toolchain.fleet.node.agent import TTL_S
 from toolchain.progress import Progress
 
 ROUND_S = 0.25

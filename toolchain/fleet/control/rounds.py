@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from toolchain.fleet.scaling import Scale
-from toolchain.fleet.seats import Offers
-from toolchain.fleet.sight import Placement
+from toolchain.fleet.control.scaling import Scale
+from toolchain.fleet.control.seats import Offers
+from toolchain.fleet.control.sight import Placement
 
 
 @dataclass(frozen=True)

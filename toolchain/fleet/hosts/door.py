@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from toolchain.errors import EndpointError, RejectedError, ScalellmError
-from toolchain.fleet.network import Guests
+from toolchain.fleet.hosts.network import Guests
 from toolchain.progress import Progress
 
 MOST_BYTES = 16 * 1024

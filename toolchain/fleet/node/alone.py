@@ -8,8 +8,8 @@ from typing import Any
 
 from toolchain import gpu
 from toolchain.errors import RecipeError
+from toolchain.fleet.control.seats import Machine, Share, offers_of
 from toolchain.fleet.deployment import MOST, Deployment
-from toolchain.fleet.seats import Machine, Share, offers_of
 
 LIMIT = MOST
 """Replicas on one machine: where a recipe for a CPU names no ``services``, the deployment alone bounds them."""

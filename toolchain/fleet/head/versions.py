@@ -18,11 +18,12 @@ from toolchain import accuracy, workspace
 from toolchain.admission import ENGINE
 from toolchain.engine import Passport
 from toolchain.errors import ArtifactError
-from toolchain.fleet import membership, packages
+from toolchain.fleet.control.seats import SHARES, Share
 from toolchain.fleet.deployment import Deployment
-from toolchain.fleet.seats import SHARES, Share
-from toolchain.fleet.texts import Parameters, Texts
-from toolchain.fleet.traffic import Lane
+from toolchain.fleet.front.texts import Parameters, Texts
+from toolchain.fleet.front.traffic import Lane
+from toolchain.fleet.hosts import packages
+from toolchain.fleet.worker import membership
 from toolchain.gateway.settings import Model
 from toolchain.progress import Progress
 from toolchain.registry import Folder

@@ -18,10 +18,10 @@ from typing import Any
 from toolchain.device import find_device
 from toolchain.errors import EndpointError
 from toolchain.fleet.board import Board
-from toolchain.fleet.bulletin import MOST_CHARACTERS
-from toolchain.fleet.meter import NODES, READY, Meter, place_of
-from toolchain.fleet.pricing import priced
-from toolchain.fleet.seats import Machine, Offers, offers_of
+from toolchain.fleet.control.pricing import priced
+from toolchain.fleet.control.seats import Machine, Offers, offers_of
+from toolchain.fleet.front.meter import NODES, READY, Meter, place_of
+from toolchain.fleet.worker.bulletin import MOST_CHARACTERS
 from toolchain.gateway.engines import Relayed
 from toolchain.gateway.fleet_status import FleetEvent, FleetNode, FleetReplica, FleetStatus, LedgerHead
 from toolchain.gateway.kv import Blocks, Drafts

@@ -21,10 +21,10 @@ from typing import Any
 
 from toolchain import runner
 from toolchain.errors import ArtifactError, RejectedError
-from toolchain.fleet import renewal, servers
-from toolchain.fleet.etcd import Etcd, EtcdBoard, guard, let_in, put_out
+from toolchain.fleet.hosts import renewal, servers
+from toolchain.fleet.hosts.etcd import Etcd, EtcdBoard, guard, let_in, put_out
+from toolchain.fleet.hosts.tokens import Token, Tokens
 from toolchain.fleet.plane import NAMESPACE, Network, Plane
-from toolchain.fleet.tokens import Token, Tokens
 from toolchain.fleet.trust import HEAD, SERVER, Authority, Certificates, Identity, write_private
 from toolchain.progress import Progress
 

@@ -22,8 +22,8 @@ def ground(deployment: Deployment, folder: Path, progress: Progress) -> Iterator
     if network is None:
         yield FolderBoard(folder / "board"), Plane(folder / "discovery", deployment.endpoint)
         return
-    from toolchain.fleet import door
-    from toolchain.fleet.network import Addresses, Guests, serving
+    from toolchain.fleet.hosts import door
+    from toolchain.fleet.hosts.network import Addresses, Guests, serving
 
     guests = Guests(folder / "network", deployment.endpoint, Addresses(**network.model_dump()))
     with serving(guests, progress), door.opened(guests, progress):

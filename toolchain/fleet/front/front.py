@@ -13,13 +13,13 @@ from dataclasses import replace
 from typing import Any, Self
 
 from toolchain.fleet import wire
-from toolchain.fleet.flow import Answering, FleetFlow
-from toolchain.fleet.meter import Booking, Meter
+from toolchain.fleet.front.flow import Answering, FleetFlow
+from toolchain.fleet.front.meter import Booking, Meter
+from toolchain.fleet.front.routes import Routes
+from toolchain.fleet.front.texts import TextAnswer, Texts
+from toolchain.fleet.front.traffic import Course, Lane, Traffic, Use
+from toolchain.fleet.front.view import View
 from toolchain.fleet.plane import Plane
-from toolchain.fleet.routes import Routes
-from toolchain.fleet.texts import TextAnswer, Texts
-from toolchain.fleet.traffic import Course, Lane, Traffic, Use
-from toolchain.fleet.view import View
 from toolchain.gateway.engines import Relayed
 from toolchain.gateway.failures import ApiError, UpstreamError, too_many, unavailable
 from toolchain.gateway.fleet_status import FleetStatus

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from toolchain.errors import ScalellmError
 from toolchain.fleet import wire
-from toolchain.fleet.seats import Seat
+from toolchain.fleet.control.seats import Seat
 from toolchain.ledger.record import Head, Usage
 
 INTERVAL_S = 60

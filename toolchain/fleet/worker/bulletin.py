@@ -2,7 +2,7 @@
 
 On many hosts nobody but the worker reaches its Triton, so it is the worker that asks for the engine's metrics and
 passes on the lines that tell of the engine; the same way on one machine. What is paid for is counted elsewhere, by the
-gateway: see ``meter``.
+gateway: see ``front.meter``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from toolchain.fleet.worker import ENGINE_MODEL, Adapter
+from toolchain.fleet.worker.worker import ENGINE_MODEL, Adapter
 from toolchain.gateway.kv import blocks_of, drafts_of
 
 _EVERY_S = 2.0

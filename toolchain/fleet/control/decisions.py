@@ -21,9 +21,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from toolchain.fleet.rounds import Decision, Event, Memory, Wish
-from toolchain.fleet.scaling import Load, desired
-from toolchain.fleet.sight import NodeSeen, Placement, Sight, Told
+from toolchain.fleet.control.rounds import Decision, Event, Memory, Wish
+from toolchain.fleet.control.scaling import Load, desired
+from toolchain.fleet.control.sight import NodeSeen, Placement, Sight, Told
 
 _AVOID_S = (2.0, 5.0, 10.0, 30.0, 60.0)
 """How long a node on which something failed is left alone, by how often in a row."""

@@ -20,10 +20,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from toolchain.errors import ArtifactError, EndpointError, RejectedError
-from toolchain.fleet import renewal
-from toolchain.fleet.etcd import Etcd, EtcdBoard
+from toolchain.fleet.hosts import renewal
+from toolchain.fleet.hosts.etcd import Etcd, EtcdBoard
+from toolchain.fleet.hosts.tokens import Token
 from toolchain.fleet.plane import Network
-from toolchain.fleet.tokens import Token
 from toolchain.fleet.trust import (
     Certificates,
     Identity,

@@ -12,11 +12,11 @@ from typing import Any
 from toolchain.admission import passport_of
 from toolchain.engine import Passport
 from toolchain.errors import ArtifactError, EndpointError
-from toolchain.fleet.bulletin import Bulletin
-from toolchain.fleet.dialect import dialect
-from toolchain.fleet.drafted import Drafted
 from toolchain.fleet.plane import Plane
-from toolchain.fleet.worker import Adapter, LostError, Spec, make_triton
+from toolchain.fleet.worker.bulletin import Bulletin
+from toolchain.fleet.worker.dialect import dialect
+from toolchain.fleet.worker.drafted import Drafted
+from toolchain.fleet.worker.worker import Adapter, LostError, Spec, make_triton
 from toolchain.gateway.settings import Timeouts
 from toolchain.gateway.triton import make_session
 from toolchain.repository import Repository

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from toolchain.fleet.seats import WHOLE, Machine, Offers, Seat, turns_of
+from toolchain.fleet.control.seats import WHOLE, Machine, Offers, Seat, turns_of
 
 READY = "ready"
 _OVER = frozenset({"failed", "ended"})

@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import Any, Self
 
 from toolchain.fleet import wire
+from toolchain.fleet.front.traffic import Traffic
 from toolchain.fleet.plane import MIGRATIONS, Plane
-from toolchain.fleet.traffic import Traffic
 from toolchain.gateway.failures import UpstreamError
 
 _LOOK_S = 0.1

@@ -18,7 +18,7 @@ from typing import Any
 
 from toolchain import gpu, runner
 from toolchain.errors import ArtifactError, EndpointError, ScalellmError
-from toolchain.fleet.worker import Spec
+from toolchain.fleet.worker.worker import Spec
 from toolchain.progress import Progress
 from toolchain.servers.triton.command import Ports
 from toolchain.servers.triton.locate import find_server
@@ -43,7 +43,7 @@ class Offer:
     """The name under which it registers: replicas that can go on with each other's requests share it."""
     discovery: str
     identity: str
-    """Of the model; see ``membership.identity``."""
+    """Of the model; see ``worker.membership.identity``."""
     drain_s: float
     start_s: float = 600.0
     """Until its Triton has generated a token."""

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
-from toolchain.fleet.texts import OUTPUTS
+from toolchain.fleet.front.texts import OUTPUTS
 
 
 class Answering:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from toolchain.fleet.scaling import Load
-from toolchain.fleet.texts import Texts
+from toolchain.fleet.control.scaling import Load
+from toolchain.fleet.front.texts import Texts
 from toolchain.gateway.settings import Model
 
 

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 from toolchain import runner
 from toolchain.admission import Asked, admit
 from toolchain.errors import ArtifactError, EndpointError, ScalellmError
-from toolchain.fleet import membership
 from toolchain.fleet.board import Board
-from toolchain.fleet.replica import Check, Offer, Replica
-from toolchain.fleet.seats import Seat, Share
+from toolchain.fleet.control.seats import Seat, Share
+from toolchain.fleet.node.replica import Check, Offer, Replica
+from toolchain.fleet.worker import membership
 from toolchain.progress import Progress
 
 TTL_S = 10.0
@@ -40,7 +40,7 @@ class Node:
     device: str = ""
     gpus: int = 0
     room: int | None = None
-    """How many replicas it holds at most; None: as many as their recipes' ``services`` say, see ``seats``."""
+    """How many replicas it holds at most; None: as many as their recipes' ``services`` say, see ``control.seats``."""
     own: Share | None = None
     """Of the recipe by which it builds its engine itself."""
     turns: bool = False

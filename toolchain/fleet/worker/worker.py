@@ -2,7 +2,7 @@
 
 It registers after the Triton has generated a token, takes itself back while it does not, and comes back after. On
 SIGTERM it takes no new requests, lets those at work finish within the drain time, and hands over the others.
-Started by ``scalellm deploy`` as ``python -m toolchain.fleet.worker SPEC.json``. It knows nothing of text.
+It knows nothing of text.
 """
 
 from __future__ import annotations
@@ -10,20 +10,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from toolchain.errors import ScalellmError
 from toolchain.fleet import wire
-from toolchain.fleet.dialect import Spoken
-from toolchain.fleet.drafted import Drafted, DraftedFlow
-from toolchain.fleet.pieces import Piece, Waiting
 from toolchain.fleet.plane import HEARTBEAT_S
-from toolchain.gateway import loop
+from toolchain.fleet.worker.dialect import Spoken
+from toolchain.fleet.worker.drafted import Drafted, DraftedFlow
+from toolchain.fleet.worker.pieces import Piece, Waiting
 from toolchain.gateway.failures import ApiError, BusyError, UpstreamError
 from toolchain.gateway.settings import Timeouts, Upstream
 from toolchain.gateway.triton import Flow, Triton
@@ -247,20 +244,3 @@ def make_triton(url: str, session: Any, timeouts: Timeouts, *, metrics_url: str 
     """The engine's own model behind one Triton; probed with one token of it."""
     upstream = Upstream(url, metrics_url or None, Path(status_file) if status_file else None)
     return Triton(upstream, ENGINE_MODEL, session, timeouts, probe_inputs=_PROBE)
-
-
-def main() -> int:
-    """The process. Prints why it ended."""
-    try:
-        spec = Spec.read(Path(sys.argv[1]))
-        from toolchain.fleet.membership import serve
-
-        loop.run(serve(spec))
-    except ScalellmError as error:
-        print(f"worker: {error.message}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
