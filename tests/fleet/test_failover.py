@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -69,6 +72,20 @@ def essence(raw: bytes, asked: dict[str, Any]) -> Any:
     """An answer without what is new each time. How many tokens come together with the stop text is chance."""
     chance = {"id", "created", *(("usage",) if "stop" in asked else ())}
     return {name: value for name, value in json.loads(raw).items() if name not in chance}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_ends_its_answer_at_the_engine(running: Endpoint, stream: bool) -> None:
+    def cancelled() -> int:
+        return sum(json.loads(Path(one.spec.status_file).read_text())["cancelled"] for one in running.replicas)
+
+    body = {"model": "parrot", "prompt": COUNT, "max_tokens": TOKENS, "min_tokens": TOKENS, "stream": stream}
+    asked = urllib.request.Request(f"{running.gateway.url}/completions", json.dumps(body).encode())
+    asked.add_header("Content-Type", "application/json")
+    before = cancelled()
+    with contextlib.suppress(TimeoutError), urllib.request.urlopen(asked, timeout=0.5) as answer:
+        answer.readline()
+    until(lambda: cancelled() == before + 1)
 
 
 def kill_worker(replica: Replica) -> None:

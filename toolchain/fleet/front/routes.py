@@ -73,9 +73,14 @@ class Routes:
         return lane in self._routed and bool(self.workers(lane))
 
     async def items(self, lane: str, ask: wire.Ask) -> AsyncGenerator[wire.Item, None]:
-        """The items of one answer, as Dynamo gives them. Raises UpstreamError where it gives up."""
+        """The items of one answer, as Dynamo gives them. Raises UpstreamError where it gives up. Left early, it ends at
+        the worker, too: Dynamo itself does not see that nobody reads.
+        """
+        from dynamo.runtime import Context
+
+        context = Context()
         try:
-            stream = await self._routed[lane].generate(wire.request(ask, lane))
+            stream = await self._routed[lane].generate(wire.request(ask, lane), context)
             async for found in stream:
                 if found.is_error():
                     raise UpstreamError("; ".join(found.comments() or ["Dynamo gives no reason"]))
@@ -84,6 +89,8 @@ class Routes:
             raise
         except Exception as error:  # of Dynamo's own kinds
             raise UpstreamError(str(error) or type(error).__name__) from None
+        finally:
+            context.stop_generating()
 
     async def _keep_looking(self) -> None:
         while True:
