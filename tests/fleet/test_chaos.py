@@ -115,12 +115,15 @@ def test_streams_go_on_while_discovery_starts_again(
     until(running.whole, 90)
 
 
-def test_the_front_takes_its_streams_with_it_and_the_nodes_find_the_next_one(running: Fleet, short: Stream) -> None:
+def test_the_front_takes_its_streams_with_it_and_the_nodes_find_the_next_one(
+    running: Fleet, short: Stream, undisturbed: Stream
+) -> None:
     """A client sees its connection end, and may ask again; the nodes need no new token."""
     assert running.head is not None
     pid = running.process("head", "tests.fleet.head_process")
     outcome = running.under_streams(lambda: os.kill(pid, signal.SIGKILL), TOKENS, back=False)
-    assert len(outcome.failed) == outcome.at_work
+    assert 0 < len(outcome.failed) <= outcome.at_work, "one may end between the count and the kill"
+    assert {one.answer for one in outcome.streams if not one.error} <= {undisturbed.answer}
     running.head.kill()
     running.start_head()
     until(running.whole, 90)
