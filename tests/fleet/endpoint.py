@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from tests.conftest import ROOT, unused_ports
 from tests.e2e.served import Served
 from tests.gateway.behind_gateway import Gateway, settings_for
 from toolchain import runner
+from toolchain.errors import ToolError
 from toolchain.fleet.front.front import engines
 from toolchain.fleet.front.meter import Meter
 from toolchain.fleet.front.texts import Parameters, Texts
+from toolchain.fleet.hosts import servers
 from toolchain.fleet.plane import Plane
 from toolchain.fleet.worker.membership import TOKENIZER
 from toolchain.fleet.worker.worker import Spec
@@ -166,6 +169,15 @@ def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def need_servers() -> None:
+    """Skips the test where the programs of an endpoint over hosts are not installed."""
+    for program in ("etcd", "nats-server"):
+        try:
+            servers.find(program)
+        except ToolError as error:
+            pytest.skip(f"{error.message}: {error.hint.splitlines()[0]}")
 
 
 def signal_worker(replica: Replica, number: signal.Signals) -> None:

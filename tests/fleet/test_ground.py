@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import unused_ports
-from tests.fleet.endpoint import until
-from toolchain.errors import ToolError
+from tests.fleet.endpoint import need_servers, until
 from toolchain.fleet.board import Board
 from toolchain.fleet.deployment import Deployment, Network, Replicas
-from toolchain.fleet.hosts import packages, servers
+from toolchain.fleet.hosts import packages
 from toolchain.fleet.hosts.network import Guests
 from toolchain.progress import Silent
 from toolchain.stages import deploy
@@ -23,11 +22,7 @@ pytestmark = pytest.mark.timeout(120)
 def test_a_head_that_is_started_again_goes_on_with_what_its_nodes_run(repository: Path, tmp_path: Path) -> None:
     """And when it is asked to end, nothing is wanted of them any more."""
     pytest.importorskip("dynamo._core", reason="the extra fleet is not installed")
-    for program in ("etcd", "nats-server"):
-        try:
-            servers.find(program)
-        except ToolError as error:
-            pytest.skip(f"{error.message}: {error.hint.splitlines()[0]}")
+    need_servers()
     door, etcd, nats, answers = unused_ports(4)
     network = Network(host="127.0.0.1", door=door, etcd=etcd, nats=nats, answers=answers)
     registry = tmp_path / "registry"

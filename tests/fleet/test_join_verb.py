@@ -14,14 +14,13 @@ from click.testing import CliRunner, Result
 
 from tests.conftest import unused_ports
 from tests.e2e.parrot import RECIPE
-from tests.fleet.endpoint import until
+from tests.fleet.endpoint import need_servers, until
 from tests.fleet.test_notices import Metadata, metadata
 from toolchain.cli import verbs
 from toolchain.cli.deploying import built
 from toolchain.cli.flags import open_screen
-from toolchain.errors import RecipeError, RejectedError, ToolError
+from toolchain.errors import RecipeError, RejectedError
 from toolchain.fleet.board import Board
-from toolchain.fleet.hosts import servers
 from toolchain.fleet.hosts.door import opened
 from toolchain.fleet.hosts.network import Addresses, Guests, serving
 from toolchain.fleet.worker.membership import checked_passport, identity
@@ -34,11 +33,7 @@ WORDS = '{"action": "terminate", "time": "2026-11-22T23:00:00Z"}'
 @pytest.fixture(scope="module")
 def guests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guests]:
     pytest.importorskip("dynamo._core", reason="the extra fleet is not installed")
-    for program in ("etcd", "nats-server"):
-        try:
-            servers.find(program)
-        except ToolError as error:
-            pytest.skip(f"{error.message}: {error.hint.splitlines()[0]}")
+    need_servers()
     found = Guests(tmp_path_factory.mktemp("network"), "parrot", Addresses("127.0.0.1", *unused_ports(4)))
     with serving(found, Silent()), opened(found, Silent()):
         yield found

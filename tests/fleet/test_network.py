@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.conftest import unused_ports
-from tests.fleet.endpoint import until
+from tests.fleet.endpoint import need_servers, until
 from toolchain.errors import ArtifactError, EndpointError, RejectedError, ScalellmError, ToolError
 from toolchain.fleet.hosts import servers
 from toolchain.fleet.hosts.door import MOST_BYTES, Tries, opened
@@ -48,11 +48,7 @@ class Head:
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     pytest.importorskip("cryptography", reason="the extra fleet is not installed")
-    for program in ("etcd", "nats-server"):
-        try:
-            servers.find(program)
-        except ToolError as error:
-            pytest.skip(f"{error.message}: {error.hint.splitlines()[0]}")
+    need_servers()
     guests = Guests(tmp_path_factory.mktemp("network"), ENDPOINT, Addresses(HOST, *unused_ports(4)))
     with serving(guests, Silent()) as kept, opened(guests, Silent()):
         yield Head(guests, kept)

@@ -15,9 +15,9 @@ import pytest
 from cryptography import x509
 
 from tests.conftest import unused_ports
+from tests.fleet.endpoint import need_servers
 from tests.fleet.test_network import ask
-from toolchain.errors import EndpointError, RejectedError, ToolError
-from toolchain.fleet.hosts import servers
+from toolchain.errors import EndpointError, RejectedError
 from toolchain.fleet.hosts.door import opened
 from toolchain.fleet.hosts.joining import Membership, join, renew
 from toolchain.fleet.hosts.network import Addresses, Guests, serving
@@ -32,11 +32,7 @@ DAY, YEAR = datetime.timedelta(days=1), datetime.timedelta(days=365)
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guests]:
-    for program in ("etcd", "nats-server"):
-        try:
-            servers.find(program)
-        except ToolError as error:
-            pytest.skip(f"{error.message}: {error.hint.splitlines()[0]}")
+    need_servers()
     guests = Guests(tmp_path_factory.mktemp("network"), "parrot", Addresses("127.0.0.1", *unused_ports(4)))
     with serving(guests, Silent()):
         yield guests
