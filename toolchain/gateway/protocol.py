@@ -18,8 +18,17 @@ from toolchain.gateway.failures import ApiError
 
 HEAD_S = 15.0
 """From a connection's beginning, or a request's first byte, to the end of its head."""
-_HEAD_BYTES = 64 * 1024
-"""Of a request's head, where uvicorn is not told."""
+PLAIN: dict[str, Any] = {
+    "log_config": None,
+    "access_log": False,
+    "lifespan": "off",
+    "ws": "none",
+    "proxy_headers": False,
+    "server_header": False,
+}
+"""What all our servers tell uvicorn: nothing of its own in log or headers, no word of a proxy believed."""
+HEAD_BYTES = 64 * 1024
+"""Of a request's head, at most."""
 
 
 class Pieces(h11.Connection):
@@ -45,7 +54,7 @@ class Patient(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.conn = Pieces(h11.SERVER, self.config.h11_max_incomplete_event_size or _HEAD_BYTES)
+        self.conn = Pieces(h11.SERVER, self.config.h11_max_incomplete_event_size or HEAD_BYTES)
         self._head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

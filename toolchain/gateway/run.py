@@ -23,7 +23,7 @@ from toolchain.errors import ArtifactError, EndpointError, RecipeError
 from toolchain.gateway import keys, loop
 from toolchain.gateway.app import openai_app, predict_app, shared_app
 from toolchain.gateway.logs import Log, libraries_into
-from toolchain.gateway.protocol import Patient
+from toolchain.gateway.protocol import HEAD_BYTES, PLAIN, Patient
 from toolchain.gateway.service import MakeEngines, Service
 from toolchain.gateway.settings import Settings
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 _DRAIN_S = 30
 _KEEP_ALIVE_S = 30
-_HEADER_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -191,15 +190,10 @@ class _Gateway:
         return uvicorn.Config(
             app,  # type: ignore[arg-type]
             http=Patient,
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            ws="none",
-            proxy_headers=False,
-            server_header=False,
+            **PLAIN,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_DRAIN_S,
-            h11_max_incomplete_event_size=_HEADER_BYTES,
+            h11_max_incomplete_event_size=HEAD_BYTES,
             ssl_certfile=listen.cert,
             ssl_keyfile=listen.key,
         )

@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from toolchain.errors import EndpointError, RejectedError, ScalellmError
 from toolchain.fleet.hosts.network import Guests
+from toolchain.gateway.protocol import PLAIN
 from toolchain.progress import Progress
 
 MOST_BYTES = 16 * 1024
@@ -135,12 +136,7 @@ def opened(guests: Guests, progress: Progress) -> Iterator[None]:
         port=at.door,
         ssl_certfile=guests.server.certificate,
         ssl_keyfile=guests.server.key,
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        ws="none",
-        proxy_headers=False,
-        server_header=False,
+        **PLAIN,
         limit_concurrency=_AT_ONCE,
         timeout_keep_alive=5,
         timeout_graceful_shutdown=2,
